@@ -1,0 +1,184 @@
+"""The policy deployment: vLLM behind its own OpenAI/Anthropic app, as a Ray Serve deployment with capture.
+
+HTTP is for agents alone: an attempt's key opens that attempt's routes. Control (weight swaps, proofs, status) goes
+through methods of the deployment handle, which Serve can broadcast to every live replica. Invariant: a replica
+answers only under weights that it has proved; a fresh one waits for its first push, so that a replica that
+restarts or joins later never serves old weights.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+import uuid
+from typing import TYPE_CHECKING, Any
+
+from ray import serve
+
+from lightning_ray.capture.edge import CaptureEdge
+from lightning_ray.capture.engine import CapturedEngine
+from lightning_ray.config import EngineSettings
+from lightning_ray.policy.proof import max_difference
+from lightning_ray.store.schema import spans_to_batch
+
+if TYPE_CHECKING:
+    from lightning_ray.store.client import Store
+
+DEPLOYMENT = "policy"
+READY_SECONDS = 60.0
+"""How long a request waits for a replica to be proved before it is answered 503."""
+
+
+@serve.deployment(name=DEPLOYMENT, max_ongoing_requests=1024, max_queued_requests=-1, graceful_shutdown_timeout_s=5)
+@serve.ingress()
+class Policy:
+    """One replica: an AsyncLLM engine, vLLM's app over it, and capture around both."""
+
+    def __init__(self, model: str, model_name: str, settings: EngineSettings, store: Store, secret: bytes):
+        self.settings = settings
+        self.model = model
+        self.model_name = model_name
+        self.store = store
+        self.secret = secret
+        self.replica_id = uuid.uuid4().hex[:8]
+        self.swapping_since: float | None = None
+        self.engine: Any = None
+        self.capture: CapturedEngine | None = None
+
+    async def __serve_build_asgi_app__(self) -> CaptureEdge:
+        """Start the engine and wrap vLLM's own app."""
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+        from vllm.entrypoints.launchers.app import build_app
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
+        from vllm.usage.usage_lib import UsageContext
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        args = make_arg_parser(FlexibleArgumentParser()).parse_args(self._arguments())
+        engine_args = AsyncEngineArgs.from_cli_args(args)
+        config = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
+        self.engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+        self.capture = CapturedEngine(self.engine, version=-1)
+        tasks = await self.engine.get_supported_tasks()
+        app = build_app(args, tasks, self.engine.model_config)
+        await init_app_state(self.engine, app.state, args, tasks)
+        return CaptureEdge(app, self.secret, self._append, self._ready)
+
+    def _arguments(self) -> list[str]:
+        settings = self.settings
+        arguments = {
+            "model": self.model,
+            "served-model-name": self.model_name,
+            "dtype": settings.dtype,
+            "max-num-seqs": settings.max_num_seqs,
+            "kv-cache-memory-bytes": settings.kv_cache_memory_mb * 2**20,
+            "worker-extension-cls": "lightning_ray.policy.vllm_worker.WorkerExtension",
+            "weight-transfer-config": f'{{"backend": "{settings.transfer}"}}',
+        }
+        if settings.max_model_len is not None:
+            arguments["max-model-len"] = settings.max_model_len
+        flags = ["--disable-log-stats", "--disable-uvicorn-access-log"]
+        if settings.device == "cpu":
+            arguments["distributed-executor-backend"] = "uni"
+            flags.append("--enforce-eager")
+        return [part for name, value in arguments.items() for part in (f"--{name}", str(value))] + flags
+
+    async def _append(self, rows: list[dict[str, Any]]) -> None:
+        await self.store.add_many_spans(spans_to_batch(rows))
+
+    async def _ready(self) -> str | None:
+        assert self.capture is not None
+        try:
+            async with asyncio.timeout(READY_SECONDS):
+                await self.capture.proved.wait()
+        except TimeoutError:
+            return f"replica {self.replica_id} has no proved weights after {READY_SECONDS:.0f} s; try again later"
+        return None
+
+    # Control: called through the deployment handle, by broadcast.
+
+    def describe(self) -> dict[str, Any]:
+        """Identity and state of this replica."""
+        assert self.capture is not None
+        return {
+            "replica_id": self.replica_id,
+            "pid": os.getpid(),
+            "workers": self.engine.vllm_config.parallel_config.world_size,
+            "vocabulary": self.engine.model_config.get_vocab_size(),
+            "max_model_len": self.engine.model_config.max_model_len,
+            "version": self.capture.version,
+            "proved": self.capture.proved.is_set(),
+            "swapping": self.swapping_since is not None,
+        }
+
+    async def connect(self, init_info: dict[str, Any], offsets: dict[str, int]) -> str:
+        """Join the trainer's transfer group; ``offsets`` gives the group rank of each replica's first worker."""
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        info = {**init_info, "rank_offset": offsets[self.replica_id]}
+        await self.engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info))
+        return self.replica_id
+
+    async def begin_swap(self) -> str:
+        """Freeze running requests, drop every cached key and value, and open the weight update."""
+        assert self.capture is not None
+        self.swapping_since = time.time()
+        await self.engine.pause_generation(mode="keep", clear_cache=True)
+        await self.capture.flush()
+        self.capture.proved.clear()
+        await self.engine.start_weight_update()
+        return self.replica_id
+
+    async def update_weights(self, update_info: dict[str, Any]) -> str:
+        """Receive the weights; runs while the trainer broadcasts."""
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        await self.engine.update_weights(WeightTransferUpdateRequest(update_info=update_info))
+        return self.replica_id
+
+    async def end_swap(self, version: int) -> str:
+        """Close the update under its version and let the frozen requests go on; their answers wait for the proof."""
+        assert self.capture is not None
+        await self.engine.finish_weight_update(str(version))
+        self.capture.mark_swap(version)
+        await self.engine.resume_generation()
+        self.swapping_since = None
+        return self.replica_id
+
+    async def prove(
+        self, version: int, canaries: list[list[int]], expected: list[list[float]], tolerance: float
+    ) -> dict[str, Any]:
+        """Compare the canaries' logprobs with the trainer's; only agreement lets this replica answer again."""
+        assert self.capture is not None
+        found = await asyncio.gather(
+            *(
+                self.capture.prompt_logprobs(ids, f"canary-{version}-{index}-{uuid.uuid4().hex[:6]}")
+                for index, ids in enumerate(canaries)
+            )
+        )
+        difference = max_difference(expected, found)
+        if difference <= tolerance and self.capture.version == version:
+            self.capture.proved.set()
+        return {"replica_id": self.replica_id, "version": self.capture.version, "max_logprob_diff": difference}
+
+    async def probes(self) -> dict[str, Any]:
+        """One number for each parameter, to tell which differ after a failed proof."""
+        numbers = await self.engine.collective_rpc("lightning_ray_probes")
+        return {"replica_id": self.replica_id, "probes": numbers[0]}
+
+    async def check_health(self) -> None:
+        """Raise when the engine is dead or a swap has been open past its deadline: Serve then restarts the replica."""
+        if self.engine is None:
+            return
+        await self.engine.check_health()
+        if self.swapping_since is not None:
+            open_for = time.time() - self.swapping_since
+            if open_for > self.settings.swap_timeout_seconds:
+                raise RuntimeError(f"a weight swap has been open for {open_for:.0f} s on replica {self.replica_id}")
+
+    def __del__(self) -> None:
+        engine = getattr(self, "engine", None)
+        if engine is not None:
+            engine.shutdown()

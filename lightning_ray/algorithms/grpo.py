@@ -1,0 +1,110 @@
+"""GRPO: groups of rollouts of one task, advantages relative to the group, a clipped policy update, a proved swap.
+
+Group Relative Policy Optimization (Shao et al., 2024, "DeepSeekMath"), with DAPO's asymmetric clip (Yu et al., 2025).
+Advantage and loss are verl's; this file is the loop.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from lightning_ray.algorithms.base import Algorithm
+from lightning_ray.config import EngineSettings
+from lightning_ray.data import Epochs
+from lightning_ray.errors import ConfigError
+from lightning_ray.policy.model_folder import check_model_folder
+from lightning_ray.policy.settings import UpdateSettings
+from lightning_ray.trajectories.account import batch_of, settle
+
+if TYPE_CHECKING:
+    from lightning_ray.run import Run
+
+NEUTRAL = {
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+"""Sampling from the policy itself: the trainer's logprobs are of exactly this distribution."""
+
+
+class GRPO(Algorithm):
+    """Settings of a GRPO run. One step plays ``prompts_per_step`` tasks ``group_size`` times each."""
+
+    model: str | Path | Callable[[Path], None]
+    """Folder with a Hugging Face model, or a function that makes one in the folder it is given."""
+    model_name: str = "policy"
+    """The model's name on the wire."""
+    group_size: int = Field(default=8, ge=2)
+    prompts_per_step: int = Field(default=16, ge=1)
+    steps: int = Field(default=30, ge=0)
+    ranks: int = Field(default=2, ge=1)
+    """Trainer ranks, sharded by FSDP2."""
+    learning_rate: float = Field(default=1e-6, gt=0)
+    warmup_steps: int = Field(default=5, ge=0)
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = Field(default=0.0, ge=0)
+    gradient_clip: float = Field(default=1.0, gt=0)
+    clip_low: float = Field(default=0.2, gt=0)
+    clip_high: float = Field(default=0.28, gt=0)
+    minibatch_rollouts: int = Field(default=64, ge=1)
+    max_tokens: int | None = None
+    """Longest trajectory that is trained on; longer ones are dropped by name."""
+    validate_every: int = Field(default=10, ge=0)
+    """Steps between two validations on val_dataset (greedy); 0 for none."""
+    checkpoint_every: int = Field(default=10, ge=1)
+    rollout_timeout_seconds: float = Field(default=600.0, gt=0)
+    max_attempts: int = Field(default=2, ge=1)
+    seed: int = 0
+    engine: EngineSettings = EngineSettings()
+
+    def update_settings(self, model: Path) -> UpdateSettings:
+        """What the trainer ranks need of these settings."""
+        return UpdateSettings(
+            model_path=str(model),
+            device=self.engine.device,
+            dtype="float32" if self.engine.device == "cpu" else "bfloat16",
+            learning_rate=self.learning_rate,
+            betas=self.betas,
+            weight_decay=self.weight_decay,
+            warmup_steps=self.warmup_steps,
+            gradient_clip=self.gradient_clip,
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+            minibatch_rollouts=self.minibatch_rollouts,
+            seed=self.seed,
+        )
+
+    def check(self, run: Run) -> None:
+        """The model must be there and the training data must fill a step."""
+        if isinstance(self.model, (str, Path)):
+            check_model_folder(str(self.model))
+        if not len(run.train_dataset):
+            raise ConfigError("train_dataset is empty (length 0); give at least one task")
+
+    async def run(self, run: Run) -> None:
+        """Play, settle, update, swap, prove; validate and save as told."""
+        await run.start(self)
+        for step in range(run.state.step, self.steps):
+            began = time.perf_counter()
+            tasks = Epochs(run.train_dataset, self.seed).take(step * self.prompts_per_step, self.prompts_per_step)
+            played, group_of = await run.play_groups(tasks, self.group_size, sampled=True)
+            sampled_seconds = time.perf_counter() - began
+            account = settle(played, group_of, self.max_tokens)
+            update: dict[str, Any] = {}
+            if account.trained:
+                update = await run.update(batch_of(account.trained, group_of))
+                await run.publish(run.state.version + 1)
+            run.record_step(step, played, account, update, sampled_seconds, time.perf_counter() - began)
+            if self.validate_every and (step + 1) % self.validate_every == 0 and step + 1 < self.steps:
+                await run.validate()
+            if (step + 1) % self.checkpoint_every == 0 or step + 1 == self.steps:
+                await run.checkpoint()
+        await run.finish()

@@ -1,0 +1,70 @@
+"""Attempt keys: what opens one attempt's routes, and nothing else.
+
+A key is ``lr1.<claims>.<signature>``: msgpack claims and a truncated HMAC-SHA256 over them, both url-safe base64.
+It is handed to the agent as its API key. Verification needs the run's secret and no look-up. The
+claims carry the sampling parameters that the algorithm fixed, so that an agent cannot change them by accident.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgpack
+
+PREFIX = "lr1"
+SIGNATURE_BYTES = 16
+
+
+class KeyRefused(Exception):
+    """The key does not open the route; the message says why."""
+
+
+@dataclass(frozen=True)
+class Claims:
+    """Whose key it is and until when (Unix seconds)."""
+
+    rollout_id: str
+    attempt_id: str
+    expires: float
+    sampling: dict[str, Any] = field(default_factory=dict)
+
+
+def _encode(raw: bytes) -> str:
+    return base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
+
+
+def _decode(text: str) -> bytes:
+    return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+
+
+def _sign(secret: bytes, payload: bytes) -> bytes:
+    return hmac.new(secret, payload, hashlib.sha256).digest()[:SIGNATURE_BYTES]
+
+
+def issue_key(secret: bytes, claims: Claims) -> str:
+    """The API key of one attempt."""
+    payload: bytes = msgpack.packb([claims.rollout_id, claims.attempt_id, claims.expires, claims.sampling])
+    return f"{PREFIX}.{_encode(payload)}.{_encode(_sign(secret, payload))}"
+
+
+def open_key(secret: bytes, key: str, now: float | None = None) -> Claims:
+    """Verify a key and return its claims. Raises KeyRefused with the reason."""
+    prefix, _, rest = key.partition(".")
+    body, _, signature = rest.partition(".")
+    if prefix != PREFIX or not body or not signature:
+        raise KeyRefused("not a lightning-ray attempt key")
+    try:
+        payload, given = _decode(body), _decode(signature)
+    except ValueError as error:
+        raise KeyRefused("the key is damaged") from error
+    if not hmac.compare_digest(given, _sign(secret, payload)):
+        raise KeyRefused("the key's signature is wrong: it belongs to another run or was changed")
+    rollout_id, attempt_id, expires, sampling = msgpack.unpackb(payload)
+    if (time.time() if now is None else now) > expires:
+        raise KeyRefused(f"the key of attempt {attempt_id} has expired")
+    return Claims(rollout_id, attempt_id, expires, sampling)

@@ -1,0 +1,58 @@
+"""The command line: ``lightning-ray train PATH``."""
+
+from __future__ import annotations
+
+import argparse
+import runpy
+import sys
+from pathlib import Path
+
+from lightning_ray.errors import ConfigError, LightningRayError
+from lightning_ray.launch import Launch, launched, parse_setting
+
+INTERRUPTED = 130
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns the exit code. Errors of ours are one message on stderr, without a traceback."""
+    given = parser().parse_args(arguments)
+    try:
+        return train(given)
+    except LightningRayError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        print("interrupted; continue with --resume", file=sys.stderr)
+        return INTERRUPTED
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments."""
+    top = argparse.ArgumentParser(prog="lightning-ray", description="Train any AI agent with reinforcement learning.")
+    commands = top.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("train", help="run a training script, or the train.py of a folder")
+    command.add_argument("path", type=Path, help="a Python file that calls Trainer.fit, or a folder with a train.py")
+    command.add_argument("--name", help="the run's name: its folder is runs/NAME")
+    command.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, e.g. algorithm.steps=5"
+    )
+    command.add_argument("script_arguments", nargs="*", metavar="ARG", help="after --: arguments of the script itself")
+    return top
+
+
+def train(given: argparse.Namespace) -> int:
+    """Run the user's script as ``__main__`` with what the command line overrides."""
+    script: Path = given.path / "train.py" if given.path.is_dir() else given.path
+    if not script.is_file():
+        raise ConfigError(f"{given.path}: no such training script; give a Python file, or a folder with a train.py")
+    launch = Launch(given.name, given.resume, dict(parse_setting(text) for text in given.set))
+    sys.argv = [str(script), *given.script_arguments]
+    sys.path.insert(0, str(script.parent.resolve()))
+    with launched(launch):
+        runpy.run_path(str(script), run_name="__main__")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,276 @@
+"""The front door to Ray: starts and ends everything a run has running.
+
+The only file of the library that looks at ``actors`` and ``deployments``. Joins the Ray of RAY_ADDRESS (inside a submitted job,
+say) or of an explicit address, and otherwise starts one of its own, which it ends with all that grew out of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import shutil
+import socket
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from lightning_ray.agent import LitAgent
+from lightning_ray.config import EngineSettings
+from lightning_ray.errors import ConfigError, InfrastructureError
+from lightning_ray.policy.settings import UpdateSettings
+from lightning_ray.policy.swap import PolicySwapper
+from lightning_ray.store.client import StoreClient
+from lightning_ray.types import ProxyLLM
+
+LOGICAL_CPUS = 16
+"""Ray's CPUs are bookkeeping here: a laptop with two cores holds every actor of a small run."""
+OBJECT_STORE_BYTES = 256 * 2**20
+BASE_MEMORY = int(1.5 * 2**30)
+REPLICA_MEMORY = int(1.3 * 2**30)
+RANK_MEMORY = int(0.8 * 2**30)
+STOP_SECONDS = 8.0
+
+QUIET = {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+CPU_ENGINE = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+"""One thread an engine, and the worker in the engine's own process: half the memory of the default."""
+
+
+class Cluster:
+    """A run's Ray: the span store, the policy deployment, the trainer ranks and the runners."""
+
+    def __init__(self, address: str | None = None, num_cpus: int | None = None):
+        self.address = address or os.environ.get("RAY_ADDRESS") or "local"
+        self.owned = self.address == "local"
+        self._num_cpus = num_cpus or LOGICAL_CPUS
+        self._temp: Path | None = None
+        self._name = f"lightning-ray-{secrets.token_hex(4)}"
+        self.secret = secrets.token_bytes(32)
+        self.runners: list[Any] = []
+        self.trainers: Any = None
+        self.store: StoreClient | None = None
+        self._store_actor: Any = None
+        self._policy: Any = None
+        self._background: list[asyncio.Task[None]] = []
+        self.failure: asyncio.Future[None] | None = None
+        """Carries the first failure of a runner that Ray could not mend."""
+
+    def start_ray(self) -> None:
+        """Start or join Ray. Raises ConfigError when a foreign ``actors`` package hides ours."""
+        check_packages()
+        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
+        import ray
+
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "namespace": self._name}
+        if self.owned:
+            self._temp = Path(tempfile.mkdtemp(prefix="lr-", dir=short_temp()))
+            options |= {
+                "num_cpus": self._num_cpus,
+                "object_store_memory": OBJECT_STORE_BYTES,
+                "include_dashboard": False,
+                "_temp_dir": str(self._temp),
+            }
+        ray.init(self.address, **options)
+        self.failure = asyncio.get_running_loop().create_future()
+
+    def start_store(self, folder: Path) -> StoreClient:
+        """The run's span store."""
+        from actors.span_store import start
+
+        self._store_actor = start(folder, f"{self._name}-store")
+        self.store = StoreClient(self._store_actor)
+        return self.store
+
+    async def start_policy(self, model: Path, model_name: str, settings: EngineSettings) -> ProxyLLM:
+        """Serve the model; returns the endpoint that agents use. Answers start with the first proved push."""
+        from ray import serve
+
+        from deployments.policy import DEPLOYMENT, Policy
+
+        port = settings.port or free_port(settings.host)
+        environment = QUIET | (CPU_ENGINE if settings.device == "cpu" else {})
+        options: dict[str, Any] = {"num_cpus": 1, "runtime_env": {"env_vars": environment}}
+        if settings.device == "cuda":
+            options["num_gpus"] = 1
+
+        def deploy() -> Any:
+            serve.start(http_options={"host": settings.host, "port": port}, logging_config={"log_level": "ERROR"})
+            application = Policy.options(num_replicas=settings.replicas, ray_actor_options=options).bind(
+                str(model), model_name, settings, self.store, self.secret
+            )
+            return serve.run(application, name=DEPLOYMENT, route_prefix="/", _blocking=True)
+
+        self._policy = await within(
+            asyncio.to_thread(deploy), settings.startup_timeout_seconds, f"the policy deployment on port {port}"
+        )
+        self._swap_timeout = settings.swap_timeout_seconds
+        return ProxyLLM(endpoint=f"http://{settings.host}:{port}/v1", model=model_name)
+
+    async def replicas(self, method: str, *arguments: Any) -> list[Any]:
+        """Call a control method on every live replica of the policy."""
+        response = self._policy.broadcast(method, *arguments)
+        return await asyncio.to_thread(response.results, timeout_s=self._swap_timeout)
+
+    async def start_trainers(self, settings: UpdateSettings, ranks: int) -> None:
+        """The trainer ranks."""
+        from actors.policy_trainer import PolicyTrainerGroup
+
+        self.trainers = await PolicyTrainerGroup.start(settings, ranks=ranks)
+
+    async def connect(self, settings: EngineSettings) -> PolicySwapper:
+        """Tie the trainer ranks to the policy's replicas."""
+        await self.trainers.call("attach_policy", self._policy, settings.transfer, timeout=60.0)
+        return PolicySwapper(
+            self.replicas, self.trainers, settings.logprob_tolerance, settings.swap_timeout_seconds
+        )
+
+    def start_runners(self, agent: LitAgent[Any], count: int, concurrency: int) -> None:
+        """The runners; they lease whatever is queued from now on."""
+        from actors.runner import RunnerActor
+
+        for index in range(count):
+            name = f"runner-{index}"
+            runner = RunnerActor.options(
+                name=f"{self._name}-{name}", runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}}
+            ).remote(name, agent, self.store, self.secret, concurrency)
+            self.runners.append(runner)
+            self._background.append(asyncio.create_task(self._watch(name, runner.run.remote())))
+
+    async def _watch(self, name: str, running: Any) -> None:
+        try:
+            await running
+        except Exception as error:
+            if self.failure is not None and not self.failure.done():
+                self.failure.set_exception(InfrastructureError(f"{name} is gone for good: {error}"))
+
+    async def stop(self) -> None:
+        """End everything that this run started; nothing is left behind. Takes at most some ten seconds."""
+        import ray
+
+        for task in self._background:
+            task.cancel()
+        if not ray.is_initialized():
+            return
+        grown = psutil.Process().children(recursive=True) if self.owned else []
+        try:
+            async with asyncio.timeout(STOP_SECONDS):
+                await self._stop_actors()
+        except Exception:  # a part that does not end is ended below, or by its owner's end
+            pass
+        await asyncio.to_thread(ray.shutdown)
+        end_processes(grown)
+        if self._temp is not None:
+            shutil.rmtree(self._temp, ignore_errors=True)
+
+    async def _stop_actors(self) -> None:
+        import ray
+
+        for runner in self.runners:
+            ray.kill(runner)
+        if self.trainers is not None:
+            self.trainers.stop()
+        if self.store is not None:
+            await self._store_actor.close.remote()
+        if self._policy is not None and not self.owned:
+            from ray import serve
+
+            await asyncio.to_thread(serve.delete, self._policy.app_name)
+
+
+async def within(work: Any, seconds: float, what: str) -> Any:
+    """Await with a deadline. Raises InfrastructureError that names what did not come."""
+    try:
+        return await asyncio.wait_for(work, seconds)
+    except TimeoutError:
+        raise InfrastructureError(
+            f"{what} did not come up within {seconds:.0f} s; see the logs in Ray's session folder, "
+            "or allow more by engine.startup_timeout_seconds"
+        ) from None
+
+
+def check_packages() -> None:
+    """``actors`` and ``deployments`` must be ours. Raises ConfigError naming the path of a stranger."""
+    import actors
+    import deployments
+
+    home = Path(__file__).resolve().parent.parent
+    for package in (actors, deployments):
+        found = Path(package.__file__ or "?").resolve()
+        if found.parent.parent != home:
+            raise ConfigError(
+                f"the package {package.__name__!r} is {found}, not lightning-ray's under {home}: another package "
+                "of that name comes first on sys.path; rename it or start from another folder"
+            )
+
+
+def check_port(settings: EngineSettings) -> None:
+    """Raises ConfigError when the wanted port is taken."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((settings.host, settings.port))
+        except OSError as error:
+            raise ConfigError(
+                f"engine.port={settings.port} on {settings.host} cannot be used ({error.strerror}); "
+                "choose another, or 0 for a free one"
+            ) from None
+
+
+def check_memory(settings: EngineSettings, ranks: int) -> None:
+    """Raises ConfigError when this machine has not the memory that a small local run takes."""
+    cache = settings.kv_cache_memory_mb * 2**20
+    needed = BASE_MEMORY + settings.replicas * (REPLICA_MEMORY + cache) + ranks * RANK_MEMORY
+    free = psutil.virtual_memory().available
+    if free < needed:
+        raise ConfigError(
+            f"too little memory: about {needed / 2**30:.1f} GB are needed for {settings.replicas} replica(s) and "
+            f"{ranks} trainer rank(s), {free / 2**30:.1f} GB are available; close other programs, or use ranks=1 and a "
+            "smaller engine.kv_cache_memory_mb"
+        )
+
+
+def free_port(host: str) -> int:
+    """A TCP port that is free now."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def short_temp() -> str:
+    """A temporary folder whose path leaves room for Ray's socket names (107 bytes)."""
+    usual = tempfile.gettempdir()
+    return usual if len(usual) < 30 else "/tmp"
+
+
+def end_processes(processes: Sequence[psutil.Process]) -> None:
+    """Make sure that these very processes have ended."""
+    for process in processes:
+        try:
+            if process.is_running():
+                process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(processes, timeout=5)
+
+
+def tree_memory() -> int:
+    """Bytes of this process and all that grew out of it, shared pages counted once (PSS)."""
+    total = 0
+    me = psutil.Process()
+    for process in [me, *me.children(recursive=True)]:
+        try:
+            total += process.memory_full_info().pss
+        except psutil.Error:
+            continue
+    return total

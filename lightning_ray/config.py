@@ -1,0 +1,73 @@
+"""Settings: pydantic models that refuse unknown keys, and errors that name key, value and fix."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lightning_ray.errors import ConfigError
+
+
+class Settings(BaseModel):
+    """Base of all settings."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+
+class EngineSettings(Settings):
+    """How the policy is served by vLLM on Ray Serve."""
+
+    replicas: int = Field(default=1, ge=1)
+    host: str = "127.0.0.1"
+    port: int = Field(default=0, ge=0, le=65535)
+    """HTTP port of the deployment; 0 takes a free one."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
+    max_model_len: int | None = None
+    max_num_seqs: int = Field(default=64, ge=1)
+    kv_cache_memory_mb: int = Field(default=128, ge=8)
+    transfer: Literal["gloo", "nccl"] = "gloo"
+    logprob_tolerance: float = Field(default=1e-4, gt=0)
+    """Largest difference of a canary logprob between engine and trainer at which a swap counts as proved."""
+    startup_timeout_seconds: float = Field(default=300.0, gt=0)
+    swap_timeout_seconds: float = Field(default=120.0, gt=0)
+
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def build(cls: type[S], values: dict[str, Any], where: str) -> S:
+    """Make settings from plain values. Raises ConfigError that names each bad key, its value and the fix."""
+    try:
+        return cls(**values)
+    except ValidationError as error:
+        raise ConfigError(explain(error, cls, where)) from None
+
+
+def explain(error: ValidationError, cls: type[BaseModel], where: str) -> str:
+    """One line for each problem pydantic found."""
+    return "\n".join(_explain_one(problem, cls, where) for problem in error.errors())
+
+
+def _explain_one(problem: Any, cls: type[BaseModel], where: str) -> str:
+    path = [str(part) for part in problem["loc"]]
+    key = ".".join([where, *path]) if where else ".".join(path)
+    if problem["type"] == "extra_forbidden":
+        known = list(_fields_at(cls, path[:-1]))
+        close = difflib.get_close_matches(path[-1], known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(sorted(known))}"
+        return f"{key}={problem['input']!r}: there is no such setting; {hint}"
+    if problem["type"] == "missing":
+        return f"{key} is required"
+    return f"{key}={problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def _fields_at(cls: type[BaseModel], path: list[str]) -> dict[str, Any]:
+    for part in path:
+        annotation = cls.model_fields[part].annotation if part in cls.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return {}
+        cls = annotation
+    return dict(cls.model_fields)

@@ -1,0 +1,31 @@
+"""Errors that name the thing, its value and the fix.
+
+Whatever a user can get wrong ends in one of these; the command line prints the message alone and exits
+with a code other than 0. A traceback means a defect of ours.
+"""
+
+from __future__ import annotations
+
+
+class LightningRayError(Exception):
+    """Base of all errors with a message that a user can act on."""
+
+
+class ConfigError(LightningRayError):
+    """A setting, path or data set is unusable; nothing was started."""
+
+
+class StoreError(LightningRayError):
+    """The span store refused a call: unknown rollout, illegal state change, unreadable folder."""
+
+
+class AgentError(LightningRayError):
+    """The user's agent broke its contract: wrong signature, illegal return value."""
+
+
+class InfrastructureError(LightningRayError):
+    """A part of the system died or stayed silent past its deadline. Never scored as a reward."""
+
+
+class SwapError(LightningRayError):
+    """A weight swap could not be proved on a replica."""

@@ -1,0 +1,95 @@
+"""How a script was launched: the name, the settings and the resume that the command line gives to its Trainer.
+
+``lightning-ray train`` runs the user's script as it is; the Trainer in it asks here what was overridden.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from lightning_ray.algorithms.base import Algorithm
+from lightning_ray.config import build
+from lightning_ray.errors import ConfigError
+
+A = TypeVar("A", bound=Algorithm)
+
+
+@dataclass
+class Launch:
+    """What the command line asked for. ``settings`` maps dotted keys (``algorithm.steps``) to values."""
+
+    name: str | None = None
+    resume: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)
+    _used: set[str] = field(default_factory=set)
+
+    def apply(self, algorithm: A) -> A:
+        """The algorithm with its overridden settings. Raises ConfigError for unknown keys and bad values."""
+        values: dict[str, Any] = {name: getattr(algorithm, name) for name in type(algorithm).model_fields}
+        for key, value in self.settings.items():
+            head, _, rest = key.partition(".")
+            if head == "algorithm" and rest:
+                self._used.add(key)
+                put(values, rest.split("."), value)
+        return build(type(algorithm), values, "algorithm") if self._used else algorithm
+
+    def setting(self, key: str, default: int) -> int:
+        """An overridden whole number of the Trainer."""
+        if key not in self.settings:
+            return default
+        self._used.add(key)
+        value = self.settings[key]
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{key}={value!r}: give a whole number of at least 1")
+        return value
+
+    def refuse_leftovers(self) -> None:
+        """Raises ConfigError for a key that nothing used."""
+        for key in self.settings.keys() - self._used:
+            close = difflib.get_close_matches(key, ["n_runners", "concurrency"], n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "known: n_runners, concurrency, algorithm.<setting>"
+            raise ConfigError(f"{key}={self.settings[key]!r}: there is no such setting; {hint}")
+
+
+def put(values: dict[str, Any], path: list[str], value: Any) -> None:
+    """Set a nested value; settings on the way become plain dicts."""
+    for part in path[:-1]:
+        inner = values.get(part, {})
+        values[part] = dict(inner) if isinstance(inner, dict) else inner.model_dump()
+        values = values[part]
+    values[path[-1]] = value
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """``key=value``, the value as JSON if it is JSON and as text otherwise. Raises ConfigError without a ``=``."""
+    key, equals, raw = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {text!r}: write key=value, for instance --set algorithm.steps=5")
+    try:
+        return key, json.loads(raw)
+    except ValueError:
+        return key, raw
+
+
+_launch: ContextVar[Launch | None] = ContextVar("lightning_ray_launch", default=None)
+
+
+def current_launch() -> Launch:
+    """How this script was launched; nothing overridden in a plain script."""
+    return _launch.get() or Launch()
+
+
+@contextmanager
+def launched(launch: Launch) -> Iterator[None]:
+    """Trainers made in this context follow ``launch``."""
+    token = _launch.set(launch)
+    try:
+        yield
+    finally:
+        _launch.reset(token)

@@ -1,0 +1,89 @@
+"""The training batch as flat arrays, read from Arrow without copying.
+
+Invariant: one reward a rollout. A rollout may have several rows (trajectories); they share its reward, and
+whatever is counted per rollout is counted once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+LISTS = ("token_ids", "mask", "logprobs")
+COLUMNS = (*LISTS, "rollout_id", "group_id", "reward")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows laid end to end: row ``i`` is ``offsets[i]:offsets[i + 1]`` of the three token arrays."""
+
+    token_ids: np.ndarray
+    mask: np.ndarray
+    """1 where the token was sampled by the policy and is trained."""
+    logprobs: np.ndarray
+    """The engine's, where the mask is 1."""
+    offsets: np.ndarray
+    row_rollout: np.ndarray
+    """Of each row, the index of its rollout."""
+    group: np.ndarray
+    """Of each rollout, the index of its group."""
+    reward: np.ndarray
+    """Of each rollout."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row."""
+        return np.diff(self.offsets)
+
+    def trained_per_row(self) -> np.ndarray:
+        """Tokens with mask 1 of each row."""
+        return np.add.reduceat(self.mask, self.offsets[:-1], dtype=np.int64)
+
+    def trained_per_rollout(self) -> np.ndarray:
+        """Tokens with mask 1 of each rollout."""
+        return np.bincount(self.row_rollout, self.trained_per_row(), len(self.reward)).astype(np.int64)
+
+
+def read_batch(table: pa.Table) -> Batch:
+    """Arrays of a table with one row a trajectory.
+
+    Raises ValueError, naming the column or row, where the table breaks its contract.
+    """
+    if table.num_rows == 0:
+        raise ValueError("the batch has no rows; an update needs at least one rollout")
+    missing = {*COLUMNS} - {*table.column_names}
+    if missing:
+        raise ValueError(f"the batch lacks the columns {sorted(missing)}; it has {table.column_names}")
+    columns = {name: table[name].combine_chunks() for name in COLUMNS}
+    offsets = _offsets(columns["token_ids"])
+    for name in LISTS[1:]:
+        if not np.array_equal(_offsets(columns[name]), offsets):
+            raise ValueError(f"column {name!r} must have as many items in each row as 'token_ids'")
+    if np.diff(offsets).min() < 2:
+        raise ValueError(f"row {int(np.diff(offsets).argmin())} has fewer than two tokens")
+    mask = columns["mask"].flatten().to_numpy()
+    if mask[offsets[:-1]].any():
+        row = int(mask[offsets[:-1]].argmax())
+        raise ValueError(f"row {row} trains its first token, which no token precedes")
+    rollout_of_row = columns["rollout_id"].dictionary_encode().indices.to_numpy()
+    _, first_row = np.unique(rollout_of_row, return_index=True)
+    group_of_row = columns["group_id"].dictionary_encode().indices.to_numpy()
+    reward_of_row = columns["reward"].to_numpy()
+    if (reward_of_row != reward_of_row[first_row][rollout_of_row]).any():
+        raise ValueError("rows of one rollout carry different rewards")
+    return Batch(
+        token_ids=columns["token_ids"].flatten().to_numpy(),
+        mask=mask,
+        logprobs=columns["logprobs"].flatten().to_numpy(),
+        offsets=offsets,
+        row_rollout=rollout_of_row,
+        group=group_of_row[first_row],
+        reward=reward_of_row[first_row],
+    )
+
+
+def _offsets(column: pa.ListArray) -> np.ndarray:
+    """Where each row begins in the flattened column, and the end of the last."""
+    return np.concatenate([[0], np.cumsum(column.value_lengths().to_numpy())]).astype(np.int64)

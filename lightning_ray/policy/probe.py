@@ -1,0 +1,71 @@
+"""Which parameters differ: one number for each, comparable between the trainer's tensors and the engine's modules.
+
+A matrix W [out, in] is probed as u . (W x) with fixed pseudo-random x and u, a vector w as u . w. The engine may fuse,
+pack or transpose its matrices; a probe only needs what the module computes, so what it finds is what serves.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Mapping
+
+import torch
+
+def direction(size: int, salt: str) -> torch.Tensor:
+    """A fixed unit vector of ``size`` positive float32 entries, so that a constant shift shows as well."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{salt}:{size}".encode()))
+    vector = torch.rand(size, generator=generator) + 0.5
+    return vector / vector.norm()
+
+
+def output_probe(output: torch.Tensor) -> float:
+    """u . y of a module's output, float32."""
+    flat = output.detach().float().flatten().cpu()
+    return float(direction(flat.numel(), "out") @ flat)
+
+
+def tensor_probe(tensor: torch.Tensor) -> float:
+    """The probe of a parameter in checkpoint form."""
+    full = tensor.detach().float().cpu()
+    return output_probe(full @ direction(full.shape[-1], "in") if full.ndim == 2 else full)
+
+
+def trainer_probes(weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, float]:
+    """Probes of the trainer's parameters, by checkpoint name."""
+    return {name: tensor_probe(tensor) for name, tensor in weights}
+
+
+def engine_probes(model: torch.nn.Module) -> dict[str, float]:
+    """Probes of what the engine's modules compute, by checkpoint name. For an unsharded (TP 1) model."""
+    fused: Mapping[str, list[str]] = getattr(model, "packed_modules_mapping", {})
+    probes: dict[str, float] = {}
+    for name, module in model.named_modules():
+        parent, _, leaf = name.rpartition(".")
+        method = getattr(module, "quant_method", None)
+        if hasattr(module, "input_size") and method is not None:
+            output = method.apply(module, direction(module.input_size, "in")[None].to(_dtype(module)), None)[0]
+            parts = fused.get(leaf, [leaf])
+            sizes = module.output_sizes if len(parts) > 1 else [output.shape[0]]
+            for part, piece in zip(parts, output.split(list(sizes)), strict=True):
+                probes[f"{parent}.{part}.weight"] = output_probe(piece)
+        elif hasattr(module, "num_embeddings") and method is not None:
+            probes.update(_embedding_probes(name, module, method))
+        elif isinstance(getattr(module, "weight", None), torch.Tensor) and module.weight.ndim == 1:
+            probes[f"{name}.weight"] = output_probe(module.weight)  # type: ignore[arg-type]
+    return probes
+
+
+def _embedding_probes(name: str, module: torch.nn.Module, method: object) -> dict[str, float]:
+    vocabulary = module.org_vocab_size
+    table = module.weight[:vocabulary]  # type: ignore[index]
+    vector = direction(table.shape[1], "in")
+    probes = {f"{name}.weight": output_probe(table.float() @ vector)}
+    if hasattr(module, "cpu_linear") or type(module).__name__ == "ParallelLMHead":
+        logits = method.apply(module, vector[None].to(table.dtype), None)[0]  # type: ignore[attr-defined]
+        probes["lm_head.weight"] = output_probe(logits[:vocabulary])
+    return probes
+
+
+def _dtype(module: torch.nn.Module) -> torch.dtype:
+    weight = getattr(module, "weight", None)
+    return weight.dtype if isinstance(weight, torch.Tensor) and weight.is_floating_point() else torch.float32

@@ -1,0 +1,76 @@
+"""The proof of a swap: canary prompts whose logprobs the engine must reproduce.
+
+The engine's own checksums see what arrived, not what its kernels compute with; the canary sees just that.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+CANARY_LENGTH = 24
+CANARIES = 2
+PROBE_TOLERANCE = 1e-3
+"""Relative difference of two probes from which a parameter counts as different (float32 sums in another order)."""
+
+
+def canary_prompts(vocabulary: int, length: int = CANARY_LENGTH, count: int = CANARIES) -> list[list[int]]:
+    """Fixed pseudo-random prompts over the whole vocabulary: ``count`` lists of ``length`` token ids."""
+    draw = np.random.default_rng(20260101)
+    return [[int(t) for t in draw.integers(0, vocabulary, size=length)] for _ in range(count)]
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What one replica showed for one version."""
+
+    replica_id: str
+    version: int
+    max_logprob_diff: float
+    tolerance: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the replica computes with the trainer's weights (false for NaN too)."""
+        return self.max_logprob_diff <= self.tolerance
+
+
+def max_difference(expected: Sequence[Sequence[float]], found: Sequence[Sequence[float]]) -> float:
+    """Largest absolute difference of two sets of logprobs; infinite when their shapes differ or one is NaN."""
+    if [len(row) for row in expected] != [len(row) for row in found]:
+        return float("inf")
+    diffs = [float(np.max(np.abs(np.asarray(a) - np.asarray(b)))) for a, b in zip(expected, found, strict=True)]
+    worst = max(diffs, default=float("inf"))
+    return worst if np.isfinite(worst) else float("inf")
+
+
+def failure_message(proof: Proof, kinds: dict[str, int]) -> str:
+    """What a user is told when a proof fails."""
+    if kinds:
+        listed = ", ".join(f"{kind} ({count})" for kind, count in sorted(kinds.items()))
+        detail = f"Parameter kinds that differ from the trainer's: {listed}."
+    else:
+        detail = "No single parameter differs: the engine computes the same weights otherwise (dtype, kernels, config)."
+    return (
+        f"Weight swap to version {proof.version} is not proved on replica {proof.replica_id}: its canary logprobs "
+        f"differ from the trainer's by {proof.max_logprob_diff:.2e} (tolerance {proof.tolerance:.0e}). {detail} "
+        "Nothing sampled under this version was used. Resume from the last checkpoint, or raise "
+        "engine.logprob_tolerance if the engine's dtype is coarser than float32."
+    )
+
+
+def differing_kinds(trainer: Mapping[str, float], engine: Mapping[str, float]) -> dict[str, int]:
+    """Parameter kinds (names without layer numbers) whose probes differ or are missing -> how many parameters."""
+    kinds: dict[str, int] = {}
+    tied = "lm_head.weight" not in trainer
+    for name, probe in engine.items():
+        expected = trainer.get("model.embed_tokens.weight" if tied and name == "lm_head.weight" else name)
+        if expected is None or abs(probe - expected) > PROBE_TOLERANCE * max(abs(expected), 1e-2):
+            kind = re.sub(r"\.\d+\.", ".*.", name)
+            if tied and name == "lm_head.weight":
+                kind += " (tied to model.embed_tokens.weight)"
+            kinds[kind] = kinds.get(kind, 0) + 1
+    return kinds

@@ -1,0 +1,128 @@
+"""The trainer's end of a weight swap: drives vLLM's weight transfer from rank 0 into every replica at once.
+
+The other ranks only take part in gathering the shards. What the replicas then compute with is not this module's
+word to give: that is the proof's.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+
+Broadcast = Callable[..., list[Any]]
+"""Calls a control method, with its arguments, on every replica and returns their answers; raises past its deadline."""
+
+
+class Weights(Protocol):
+    """What can be published: full tensors by checkpoint name. Iterating is a collective over all ranks."""
+
+    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]: ...
+
+
+class ReplicaClient:
+    """vLLM's control-plane client, answered by all replicas of a deployment."""
+
+    def __init__(self, broadcast: Broadcast, offsets: dict[str, int]):
+        self._broadcast = broadcast
+        self._offsets = offsets
+        self.version = 0
+
+    def _everywhere(self, method: str, *args: Any) -> None:
+        answered = set(self._broadcast(method, *args))
+        if answered != set(self._offsets):
+            raise RuntimeError(
+                f"the replicas changed during a weight swap: {method} was answered by {sorted(answered)}, "
+                f"the transfer group has {sorted(self._offsets)}"
+            )
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Have every replica join the transfer group under its own ranks."""
+        self._everywhere("connect", init_info, self._offsets)
+
+    def start_weight_update(self) -> None:
+        """Freeze generation and open the update."""
+        self._everywhere("begin_swap")
+
+    def update_weights(self, update_info: Any) -> None:
+        """Have every replica receive; the trainer broadcasts meanwhile."""
+        self._everywhere("update_weights", update_info)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """Close the update under the version set on this client and resume."""
+        self._everywhere("end_swap", self.version)
+
+
+class WeightPublisher:
+    """Pushes one rank's weights; made on every rank alike. ``connect`` and ``push`` are collectives."""
+
+    def __init__(self, weights: Weights, rank: int, backend: str):
+        self._weights = weights
+        self._rank = rank
+        self._backend = backend
+        self._engine: Any = None
+        self._client: ReplicaClient | None = None
+
+    def connect(self, broadcast: Broadcast, offsets: dict[str, int], world_size: int, address: str) -> None:
+        """Form the transfer group of rank 0 and ``world_size - 1`` engine workers."""
+        source = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self._weights.named_weights()]
+        if self._rank != 0:
+            return
+        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+
+        self._client = ReplicaClient(broadcast, offsets)
+        if self._engine is not None:
+            self._engine.shutdown()
+        self._engine = WeightTransferTrainerFactory.trainer_init(
+            _init_info(self._backend, address, free_port(address), world_size),
+            client=self._client,
+            source=_source(self._weights, source),
+        )
+
+    def push(self, version: int) -> float:
+        """Send the weights as ``version``; returns the seconds it took."""
+        started = time.perf_counter()
+        if self._rank != 0:
+            for _ in self._weights.named_weights():
+                pass
+        else:
+            assert self._client is not None and self._engine is not None, "connect() comes before push()"
+            self._client.version = version
+            self._engine.send_weights()
+        return time.perf_counter() - started
+
+
+def _init_info(backend: str, address: str, port: int, world_size: int) -> Any:
+    if backend == "gloo":
+        from lightning_ray.policy import gloo_transfer
+
+        gloo_transfer.register()
+        return gloo_transfer.GlooTrainerInitInfo(
+            master_address=address, master_port=port, world_size=world_size, rank=0
+        )
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+    return NCCLTrainerInitInfo(master_address=address, master_port=port, world_size=world_size, rank=0)
+
+
+def _source(weights: Weights, metas: list[tuple[str, torch.dtype, tuple[int, ...]]]) -> Any:
+    from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+
+    class UpdaterSource(WeightSource):
+        def metadata(self) -> list[ParamMeta]:
+            return [ParamMeta(*meta) for meta in metas]
+
+        def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+            return weights.named_weights()
+
+    return UpdaterSource()
+
+
+def free_port(address: str) -> int:
+    """A TCP port that is free on ``address`` now."""
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,115 @@
+"""The policy's model, optimizer and schedule: verl's FSDP2 engine, on padded rows.
+
+Rows are padded on the right and no attention mask is given: in a causal model no token sees what follows it,
+so the padding changes nothing, and attention takes its fast causal path. The same class runs on CPU and CUDA.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed
+from tensordict import TensorDict
+from torch.distributed.fsdp import FSDPModule
+from transformers.utils import logging as transformers_logging
+from verl.trainer.config import CheckpointConfig
+from verl.utils.device import get_device_name, get_nccl_backend
+from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
+
+from lightning_ray.errors import ConfigError
+from lightning_ray.policy.settings import UpdateSettings
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # one for each engine that is not installed
+    from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
+
+BACKEND = "lightning-ray"
+
+
+@EngineRegistry.register(model_type="language_model", backend=BACKEND, device=["cpu", "cuda"])
+class PaddedEngine(FSDPEngineWithLMHead):
+    """verl's engine with its own view of a micro batch.
+
+    A micro batch has ``token_ids`` (B, T) and ``wanted`` (B, T - 1), which belongs to the tokens after the
+    first: True where the log probability is to be computed. The output has ``log_probs`` and ``entropy``,
+    (B, T - 1) float32, 0 where not wanted.
+    """
+
+    def prepare_model_inputs(self, micro_batch: TensorDict) -> tuple[dict[str, Any], dict[str, Any]]:
+        return {"input_ids": micro_batch["token_ids"]}, {}
+
+    def prepare_model_outputs(
+        self, output: Any, output_args: Any, micro_batch: TensorDict, logits_processor_func: Any
+    ) -> dict[str, torch.Tensor]:
+        wanted = micro_batch["wanted"]
+        scores = output.logits[:, :-1][wanted].float().log_softmax(-1)
+        sampled = scores.gather(-1, micro_batch["token_ids"][:, 1:][wanted].unsqueeze(-1)).squeeze(-1)
+        with torch.no_grad():
+            entropy = -(scores.exp() * scores).sum(-1)
+        zeros = torch.zeros(wanted.shape, device=wanted.device)
+        return {
+            "log_probs": zeros.index_put((wanted,), sampled),
+            "entropy": zeros.index_put((wanted,), entropy),
+        }
+
+    def reshard(self) -> None:
+        """Give up whole weights that a forward pass without backward left gathered."""
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def join_ranks(rank: int, world_size: int, address: str, port: int) -> None:
+    """Join the process group of the update: gloo on CPU, NCCL on CUDA."""
+    backend = get_nccl_backend()
+    if get_device_name() == "cuda":
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+        backend = f"cpu:gloo,cuda:{backend}"
+    torch.distributed.init_process_group(
+        backend, init_method=f"tcp://{address}:{port}", rank=rank, world_size=world_size
+    )
+
+
+def build_engine(settings: UpdateSettings) -> PaddedEngine:
+    """The engine with weights loaded and sharded; collective over the ranks.
+
+    Raises ConfigError if verl runs on another device than the settings ask for.
+    """
+    if get_device_name() != settings.device:
+        raise ConfigError(
+            f"device={settings.device!r} was asked for, but this process already uses verl on "
+            f"{get_device_name()!r}: give each device a process of its own"
+        )
+    precision = {"float32": "fp32", "bfloat16": "bf16"}[settings.dtype]
+    model = HFModelConfig(
+        path=settings.model_path,
+        load_tokenizer=False,
+        use_remove_padding=False,
+        enable_gradient_checkpointing=settings.device == "cuda",
+        override_config={"attn_implementation": "sdpa"},
+    )
+    fsdp = FSDPEngineConfig(
+        strategy="fsdp2",
+        model_dtype="fp32",
+        mixed_precision={"param_dtype": precision, "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
+        # Gathering twice costs more than the memory it saves where a rank's memory is the machine's.
+        reshard_after_forward=settings.device == "cuda",
+        use_torch_compile=False,
+        use_remove_padding=False,
+    )
+    optimizer = FSDPOptimizerConfig(
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+        lr_warmup_steps=settings.warmup_steps,
+        clip_grad=settings.gradient_clip,
+    )
+    engine = EngineRegistry.new("language_model", BACKEND, model, fsdp, optimizer, CheckpointConfig())
+    transformers_logging.disable_progress_bar()
+    with contextlib.redirect_stdout(io.StringIO()):  # verl prints sizes
+        engine.initialize()
+    return engine

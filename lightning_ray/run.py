@@ -1,0 +1,405 @@
+"""One training run: what an algorithm works with.
+
+Offers data, rollouts, updates, swaps, validation, checkpoints and reports; which of them, when, is the algorithm's
+business. Every rollout of every step ends in an account; every wait has a deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from lightning_ray.agent import LitAgent
+from lightning_ray.algorithms.grpo import GRPO, NEUTRAL
+from lightning_ray.cluster import Cluster, tree_memory
+from lightning_ray.config import EngineSettings
+from lightning_ray.errors import AgentError, InfrastructureError
+from lightning_ray.evaluation import Evaluation, evaluate
+from lightning_ray.policy.swap import PolicySwapper
+from lightning_ray.progress import Reporter, as_current
+from lightning_ray.run_folder import RunFolder, write_json
+from lightning_ray.store.client import Store
+from lightning_ray.trajectories.account import Account
+from lightning_ray.trajectories.episode import Episode, last_attempts, read_episodes
+from lightning_ray.types import (
+    TERMINAL_ROLLOUT,
+    Attempt,
+    Dataset,
+    EnqueueRolloutRequest,
+    RolloutConfig,
+    RolloutMode,
+)
+
+WATCH_SECONDS = 5.0
+RESOURCES = {"sampled": {"temperature": 1.0, **NEUTRAL}, "greedy": {"temperature": 0.0, **NEUTRAL}}
+"""Resources by id: the policy, sampled from as it is, and its most likely tokens."""
+
+
+@dataclass
+class RunState:
+    """What a resume must know; counters run over the whole run."""
+
+    step: int = 0
+    version: int = 0
+    rollouts: int = 0
+    rollouts_trained: int = 0
+    rollouts_dropped: dict[str, int] = field(default_factory=dict)
+    swaps: int = 0
+    swaps_proved: int = 0
+    swap_ms: list[float] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
+    max_logprob_diff: float = 0.0
+    tokens_sampled: int = 0
+    tokens_trained: int = 0
+    seconds: float = 0.0
+    seconds_to_first_step: float | None = None
+    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """``val.greedy_before`` and so on -> figures."""
+
+
+class Run:
+    """See the module. ``settings`` are the algorithm's."""
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        reporter: Reporter,
+        cluster: Cluster,
+        agent: LitAgent[Any],
+        datasets: dict[str, Dataset[Any]],
+        n_runners: int,
+        concurrency: int,
+        resume: bool,
+    ):
+        self.folder = folder
+        self.reporter = reporter
+        self.cluster = cluster
+        self.agent = agent
+        self.datasets = datasets
+        self.train_dataset = datasets["train"]
+        self.state = RunState()
+        self.store: Store
+        self.peak_memory = 0
+        self._n_runners = n_runners
+        self._concurrency = concurrency
+        self._resume = resume
+        self._began = time.perf_counter()
+        self._settings: GRPO
+        self._swapper: PolicySwapper
+        self._watch: asyncio.Task[None] | None = None
+        self._last_swap: float | None = None
+        self._validation: float | None = None
+        self._done = threading.Event()
+
+    # Starting
+
+    async def start(self, settings: GRPO) -> None:
+        """Bring up everything, publish the first weights, and evaluate before the first step."""
+        self._settings = settings
+        threading.Thread(target=self._sample_memory, daemon=True).start()
+        with self.reporter.stage("Ray and span store"):
+            await asyncio.to_thread(lambda: None)
+            self.cluster.start_ray()
+            self.store = self.cluster.start_store(self.folder.store)
+            await self.store.statistics()
+            await self._cancel_leftovers()
+        model = await self._model(settings)
+        with self.reporter.stage("engine and trainer up"):
+            endpoint, _ = await asyncio.gather(
+                self.cluster.start_policy(model, settings.model_name, settings.engine),
+                self.cluster.start_trainers(settings.update_settings(model), settings.ranks),
+            )
+        for name, sampling in RESOURCES.items():
+            resource = endpoint.model_copy(update={"sampling_parameters": sampling})
+            await self.store.update_resources(name, {"main_llm": resource})
+        with self.reporter.stage("first weights proved"):
+            if self._resume:
+                latest = self.folder.latest_checkpoint()
+                await self.cluster.trainers.load(str(latest))
+            self._swapper = await self.cluster.connect(settings.engine)
+            await self.publish(self.state.version)
+            self._watch = asyncio.create_task(self._watch_replicas())
+            self.cluster.start_runners(self.agent, self._n_runners, self._concurrency)
+        if not self._resume:
+            await self._evaluate_all("before")
+        self.reporter.start_steps(self.state.step, settings.steps)
+        self.reporter.restart_clock()
+        if self.state.seconds_to_first_step is None:
+            self.state.seconds_to_first_step = self.elapsed()
+
+    async def _model(self, settings: GRPO) -> Path:
+        if self._resume:
+            self.state = RunState(**self.folder.read_state())
+            self.folder.truncate_metrics(self.state.step)
+            latest = self.folder.latest_checkpoint()
+            assert latest is not None
+            return latest
+        if not callable(settings.model):
+            return Path(settings.model)
+        folder = self.folder.path / "model"
+        with self.reporter.stage("warm start") as stage, as_current(stage):
+            await asyncio.to_thread(settings.model, folder)
+        return folder
+
+    async def _cancel_leftovers(self) -> None:
+        """Rollouts that an interrupted run left open are played again under new ids."""
+        for rollout in await self.store.query_rollouts(status_in=["queuing", "preparing", "running", "requeuing"]):
+            await self.store.update_rollout(rollout.rollout_id, "cancelled")
+
+    async def _watch_replicas(self) -> None:
+        """Give replicas that restarted or joined the current weights."""
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            try:
+                if await self._swapper.unproved():
+                    self.reporter.note("a replica without proved weights: publishing the current version to all")
+                    await self.publish(self.state.version)
+            except asyncio.CancelledError:
+                raise
+            except Exception as error:  # told; the next step's own swap decides
+                self.reporter.note(f"publishing to a fresh replica failed: {error}")
+
+    # Rollouts
+
+    async def play_groups(
+        self, tasks: Sequence[Any], group_size: int, sampled: bool
+    ) -> tuple[list[Episode], dict[str, str]]:
+        """Play every task ``group_size`` times; returns the episodes and rollout id -> group id."""
+        group_of: dict[str, str] = {}
+        requests = []
+        for task in tasks:
+            group_id = f"gr-{uuid.uuid4().hex[:12]}"
+            for _ in range(group_size):
+                request = self._request(task, "train", "sampled" if sampled else "greedy", {"group_id": group_id})
+                requests.append(request)
+                group_of[str(request.rollout_id)] = group_id
+        return await self._play(requests), group_of
+
+    def _request(
+        self, task: Any, mode: RolloutMode, resources_id: str, metadata: dict[str, Any]
+    ) -> EnqueueRolloutRequest:
+        settings = self._settings
+        return EnqueueRolloutRequest(
+            input=task,
+            rollout_id=f"ro-{uuid.uuid4().hex[:16]}",
+            mode=mode,
+            resources_id=resources_id,
+            config=RolloutConfig(
+                timeout_seconds=settings.rollout_timeout_seconds,
+                max_attempts=settings.max_attempts,
+                retry_condition=["timeout", "unresponsive"],
+            ),
+            metadata={**metadata, "weight_version": self.state.version},
+        )
+
+    async def _play(self, requests: Sequence[EnqueueRolloutRequest]) -> list[Episode]:
+        queued = await self.store.enqueue_many_rollouts(requests)
+        ids = [rollout.rollout_id for rollout in queued]
+        settings = self._settings
+        deadline = settings.rollout_timeout_seconds * settings.max_attempts + 120.0
+        ended = await self._unless_runners_fail(self.store.wait_for_rollouts(ids, deadline), deadline + 60.0)
+        if len(ended) < len(ids):
+            rollouts = await self.store.query_rollouts(rollout_id_in=ids)
+            states = dict(Counter(r.status for r in rollouts if r.status not in TERMINAL_ROLLOUT))
+            raise InfrastructureError(
+                f"{len(ids) - len(ended)} of {len(ids)} rollouts did not end within {deadline:.0f} s (by state: {states}); "
+                "the runners may be stuck: look at them in the Ray dashboard"
+            )
+        ended = await self.store.query_rollouts(rollout_id_in=ids)
+        spans = await self.store.query_spans(ids)
+        attempts: list[Attempt] = []
+        retried = [r.rollout_id for r in ended if len(set(spans_attempts(spans, r.rollout_id))) > 1]
+        for rollout_id in retried:
+            attempts += await self.store.query_attempts(rollout_id)
+        return read_episodes(ended, spans, attempts_that_count(spans, last_attempts(attempts)))
+
+    async def _unless_runners_fail(self, waiting: Any, deadline: float) -> Any:
+        task = asyncio.ensure_future(waiting)
+        failure = self.cluster.failure
+        assert failure is not None
+        await asyncio.wait({task, failure}, return_when=asyncio.FIRST_COMPLETED, timeout=deadline)
+        if failure.done():
+            task.cancel()
+            failure.result()
+        if not task.done():
+            task.cancel()
+            raise InfrastructureError(f"the span store did not answer within {deadline:.0f} s")
+        return task.result()
+
+    # Learning
+
+    async def update(self, batch: pa.Table) -> dict[str, Any]:
+        """One policy update on the trainer ranks; returns its figures, with ``seconds``."""
+        began = time.perf_counter()
+        figures = await self.cluster.trainers.update(batch)
+        return {**figures, "seconds": time.perf_counter() - began}
+
+    async def publish(self, version: int) -> None:
+        """Swap the weights on every replica, and prove it."""
+        self.state.swaps += 1
+        swap = await self._swapper.publish(version)
+        self.state.version = version
+        self.state.swaps_proved += 1
+        self.state.max_logprob_diff = max(self.state.max_logprob_diff, swap.max_logprob_diff)
+        self._last_swap = swap.seconds * 1e3
+        self.state.swap_ms.append(self._last_swap)
+
+    def record_step(
+        self,
+        step: int,
+        played: Sequence[Episode],
+        account: Account,
+        update: dict[str, Any],
+        sampled_seconds: float,
+        seconds: float,
+    ) -> None:
+        """Account for a step and show it."""
+        state = self.state
+        drops = account.drops_by_reason()
+        self._refuse_broken_agent(played)
+        state.step = step + 1
+        state.rollouts += len(played)
+        state.rollouts_trained += len(account.trained)
+        state.rollouts_dropped = dict(Counter(state.rollouts_dropped) + Counter(drops))
+        sampled = sum(episode.sampled_tokens for episode in played)
+        state.tokens_sampled += sampled
+        trained = int(update.get("trained_tokens", 0))
+        state.tokens_trained += trained
+        state.step_seconds.append(seconds)
+        state.max_logprob_diff = max(state.max_logprob_diff, update.get("max_logprob_diff", 0.0))
+        rewards = [episode.reward for episode in played if episode.reward is not None]
+        row = {
+            "kind": "train",
+            "step": step,
+            "reward": statistics.fmean(rewards) if rewards else None,
+            "reward_std": statistics.pstdev(rewards) if rewards else None,
+            "turns": statistics.fmean([episode.calls for episode in played]),
+            "rollouts": len(played),
+            "rollouts_trained": len(account.trained),
+            **{f"dropped.{reason}": count for reason, count in drops.items()},
+            "trajectories_per_rollout": statistics.fmean([len(e.trajectories) for e in played]),
+            "seconds": seconds,
+            "sample_seconds": sampled_seconds,
+            "sampled_tokens_per_s": sampled / sampled_seconds,
+            "trained_tokens_per_s": trained / update["seconds"] if update else 0.0,
+            "swap_ms": self._last_swap if update else None,
+            "weight_version": state.version,
+            **{f"update.{name}": value for name, value in update.items()},
+        }
+        self.folder.append_metrics(row)
+        self.reporter.step(row, self._validation)
+
+    def _refuse_broken_agent(self, played: Sequence[Episode]) -> None:
+        """When every rollout failed by the agent's own fault there is nothing to learn: say why and stop."""
+        failures = [(e.rollout.metadata or {}).get("failure") for e in played if e.rollout.status == "failed"]
+        reasons = [f.get("reason") for f in failures if isinstance(f, dict)]
+        if len(failures) == len(played):
+            [(reason, count)] = Counter(reasons).most_common(1) or [("unknown", len(played))]
+            raise AgentError(
+                f"the agent failed in all {len(played)} rollouts of the step; most often ({count}x): {reason}. "
+                "The exceptions with their tracebacks are in the run's span store"
+            )
+
+    # Validation
+
+    async def validate(self) -> None:
+        """Greedy pass over val_dataset."""
+        if "val" in self.datasets:
+            figures = await self._evaluate("val", "greedy")
+            self._validation = figures.reward
+
+    async def _evaluate_all(self, moment: str) -> None:
+        for split in ("val", "test"):
+            if split not in self.datasets:
+                continue
+            with self.reporter.stage(f"{split} {moment}, {len(self.datasets[split])} tasks"):
+                for mode in ("sampled", "greedy"):
+                    figures = await self._evaluate(split, mode)
+                    self.state.evaluations[f"{split}.{mode}_{moment}"] = figures.as_dict()
+                    if (split, mode) == ("val", "greedy"):
+                        self._validation = figures.reward
+
+    async def _evaluate(self, split: RolloutMode, mode: str) -> Evaluation:
+        data = self.datasets[split]
+        requests = [self._request(data[i], split, mode, {"evaluation": mode}) for i in range(len(data))]
+        episodes = await self._play(requests)
+        self._refuse_broken_agent(episodes)
+        figures = evaluate(episodes)
+        self.folder.append_metrics(
+            {
+                "kind": split,
+                "mode": mode,
+                "step": self.state.step,
+                "reward": figures.reward,
+                "turns": figures.turns,
+                "failed": figures.failed,
+                **{f"annotation.{key}": value for key, value in figures.annotations.items()},
+            }
+        )
+        return figures
+
+    # Keeping and ending
+
+    async def checkpoint(self) -> None:
+        """Save model, optimizer and run state, atomically."""
+        writing = self.folder.begin_checkpoint(self.state.step)
+        await self.cluster.trainers.save(str(writing))
+        self.state.seconds = self.elapsed()
+        self.folder.commit_checkpoint(writing, self.state.step, asdict(self.state))
+
+    async def finish(self) -> None:
+        """Evaluate after the last step, write the summary, show the table."""
+        self.reporter.end_steps()
+        await self._evaluate_all("after")
+        self.folder.plot()
+        from lightning_ray.summary import summarize, summary_table
+
+        summary = summarize(self.state, self.elapsed(), self.peak_memory)
+        write_json(self.folder.path / "summary.json", summary)
+        columns, rows = summary_table(self.state)
+        if rows:
+            self.reporter.table("before and after", columns, rows)
+        self.reporter.note(f"everything is in {self.folder.path}")
+
+    async def close(self) -> None:
+        """End what the run started."""
+        self._done.set()
+        self.reporter.end_steps()
+        if self._watch is not None:
+            self._watch.cancel()
+        await self.cluster.stop()
+
+    def elapsed(self) -> float:
+        """Seconds of the run so far, those before a resume included."""
+        return self.state.seconds * self._resume + time.perf_counter() - self._began
+
+    def _sample_memory(self) -> None:
+        while not self._done.wait(4.0):
+            self.peak_memory = max(self.peak_memory, tree_memory())
+
+
+def spans_attempts(spans: pa.Table, rollout_id: str) -> list[str]:
+    """Attempts of a rollout that left spans."""
+    import pyarrow.compute as pc
+
+    ids: list[str] = spans.filter(pc.equal(spans["rollout_id"], rollout_id))["attempt_id"].to_pylist()
+    return ids
+
+
+def attempts_that_count(spans: pa.Table, retried: dict[str, str]) -> dict[str, str]:
+    """For each rollout with spans the attempt that counts: the only one, or the last of several."""
+    pairs = zip(spans["rollout_id"].to_pylist(), spans["attempt_id"].to_pylist(), strict=True)
+    return {**dict(pairs), **retried}
+
+
+__all__ = ["EngineSettings", "Run", "RunState"]

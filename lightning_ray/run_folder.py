@@ -1,0 +1,138 @@
+"""A run's folder: what was asked, what happened, what came out. It explains itself.
+
+    config.json      the resolved settings            metrics.jsonl    one line for each step and validation
+    tensorboard/     the same as curves               reward.png       the curve to look at first
+    checkpoints/     step-000030/ in Hugging Face format, with the state of the training; ``latest`` names the last
+    store/           every span and rollout           summary.json     the figures at the end
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning_ray.errors import ConfigError
+
+README = """# Run {name}
+
+| file | what it holds |
+|---|---|
+| `summary.json` | the figures at the end |
+| `reward.png` | reward and validation over the steps |
+| `metrics.jsonl` | one JSON object for each step and each validation |
+| `tensorboard/` | the same for `tensorboard --logdir` |
+| `config.json` | the resolved settings |
+| `checkpoints/` | models in Hugging Face format, each with the state of its training; `latest` names the last |
+| `store/` | every rollout and span (`lightning_ray.store.open_folder`) |
+
+Continue it with `lightning-ray train ... --name {name} --resume`.
+"""
+KEPT_CHECKPOINTS = 3
+
+
+class RunFolder:
+    """Paths and files of one run."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.store = path / "store"
+        self.checkpoints = path / "checkpoints"
+        self._board: Any = None
+
+    def create(self, resume: bool) -> None:
+        """Make the folder, or take up an old one. Raises ConfigError if there is nothing to resume.
+
+        A folder of that name that is not resumed is kept under a name with its time.
+        """
+        if resume:
+            if self.latest_checkpoint() is None:
+                raise ConfigError(
+                    f"--resume: {self.path} has no finished checkpoint; start the run without --resume"
+                )
+        elif self.path.exists():
+            stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(self.path.stat().st_mtime))
+            kept = self.path.with_name(f"{self.path.name}-{stamp}")
+            for number in range(2, 100):
+                if not kept.exists():
+                    break
+                kept = self.path.with_name(f"{self.path.name}-{stamp}-{number}")
+            self.path.rename(kept)
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        (self.path / "README.md").write_text(README.format(name=self.path.name))
+
+    def latest_checkpoint(self) -> Path | None:
+        """The folder of the last whole checkpoint."""
+        pointer = self.checkpoints / "latest"
+        if not pointer.is_file():
+            return None
+        folder = self.checkpoints / pointer.read_text().strip()
+        return folder if folder.is_dir() else None
+
+    def begin_checkpoint(self, step: int) -> Path:
+        """A fresh folder to write the checkpoint after ``step`` steps into."""
+        folder = self.checkpoints / f".writing-{step:06d}"
+        shutil.rmtree(folder, ignore_errors=True)
+        return folder
+
+    def commit_checkpoint(self, folder: Path, step: int, state: dict[str, Any]) -> Path:
+        """Make a written checkpoint the latest, in one step that a crash cannot split; drop the oldest."""
+        write_json(folder / "run_state.json", state)
+        final = self.checkpoints / f"step-{step:06d}"
+        shutil.rmtree(final, ignore_errors=True)
+        folder.rename(final)
+        pointer = self.checkpoints / ".latest"
+        pointer.write_text(final.name)
+        os.replace(pointer, self.checkpoints / "latest")
+        for old in sorted(self.checkpoints.glob("step-*"))[:-KEPT_CHECKPOINTS]:
+            shutil.rmtree(old, ignore_errors=True)
+        return final
+
+    def read_state(self) -> dict[str, Any]:
+        """What the run knew at its latest checkpoint."""
+        folder = self.latest_checkpoint()
+        assert folder is not None
+        state: dict[str, Any] = json.loads((folder / "run_state.json").read_text())
+        return state
+
+    def truncate_metrics(self, step: int) -> None:
+        """Forget metrics of steps that will be made again after a resume."""
+        file = self.path / "metrics.jsonl"
+        if file.exists():
+            rows = [json.loads(line) for line in file.read_text().splitlines()]
+            kept = [row for row in rows if row["step"] < step]
+            file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        """Add a line to metrics.jsonl and its numbers to TensorBoard."""
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self._board is None:
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(self.path / "tensorboard"))
+        for name, value in row.items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and name != "step":
+                self._board.add_scalar(f"{row['kind']}/{name}", value, row["step"])
+        self._board.flush()
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All lines of metrics.jsonl."""
+        file = self.path / "metrics.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def plot(self) -> None:
+        """Draw reward.png."""
+        from lightning_ray.plots import plot_reward
+
+        plot_reward(self.metrics(), self.path / "reward.png", self.path.name)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON, whole or not at all."""
+    draft = path.with_name(f".{path.name}")
+    draft.write_text(json.dumps(value, indent=2, default=str) + "\n")
+    os.replace(draft, path)

@@ -1,0 +1,74 @@
+"""The figures at the end of a run, for people and for programs."""
+
+from __future__ import annotations
+
+import statistics
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_ray.run import RunState
+
+MOMENTS = ("before", "after")
+
+
+def summarize(state: RunState, seconds: float, peak_memory: int) -> dict[str, Any]:
+    """The content of summary.json. Rewards and shares are in [0, 1] if the agent's are; memory in 10^9 bytes."""
+    return {
+        "seconds_total": round(seconds, 1),
+        "seconds_to_first_step": state.seconds_to_first_step and round(state.seconds_to_first_step, 1),
+        "steps": state.step,
+        "step_seconds_median": median(state.step_seconds),
+        **{split: split_summary(state, split) for split in ("val", "test")},
+        "rollouts": state.rollouts,
+        "rollouts_trained": state.rollouts_trained,
+        "rollouts_dropped": state.rollouts_dropped,
+        "swaps": state.swaps,
+        "swaps_proved": state.swaps_proved,
+        "max_logprob_diff": state.max_logprob_diff,
+        "swap_ms_median": median(state.swap_ms),
+        "tokens_sampled": state.tokens_sampled,
+        "tokens_trained": state.tokens_trained,
+        "peak_memory_gb": round(peak_memory / 1e9, 2),
+    }
+
+
+def median(values: list[float]) -> float | None:
+    """The median, or None of nothing."""
+    return round(statistics.median(values), 3) if values else None
+
+
+def split_summary(state: RunState, split: str) -> dict[str, Any]:
+    """Sampled, greedy, annotations (greedy) and turns (greedy) of one data set, before and after."""
+    figures: dict[str, Any] = {}
+    for moment in MOMENTS:
+        for mode in ("sampled", "greedy"):
+            found = state.evaluations.get(f"{split}.{mode}_{moment}")
+            if found is None:
+                continue
+            figures[f"{mode}_{moment}"] = found["reward"]
+            if mode == "greedy":
+                figures[f"turns_{moment}"] = found["turns"]
+                for key, value in found["annotations"].items():
+                    figures[f"{key}_{moment}"] = value
+    return figures
+
+
+def summary_table(state: RunState) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the closing table: a row a figure, before and after for each data set."""
+    splits = {split: figures for split in ("val", "test") if (figures := split_summary(state, split))}
+    names = sorted({key.rsplit("_", 1)[0] for figures in splits.values() for key in figures}, key=_order)
+    columns = ["", *(f"{split} {moment}" for split in splits for moment in MOMENTS)]
+    rows = [
+        [name, *(_cell(splits[split].get(f"{name}_{moment}")) for split in splits for moment in MOMENTS)]
+        for name in names
+    ]
+    return columns, rows
+
+
+def _order(name: str) -> tuple[int, str]:
+    first = ("sampled", "greedy")
+    return (first.index(name) if name in first else len(first), name)
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

@@ -1,0 +1,33 @@
+"""What a rank's process does for the tests: hold one updater at a time and call it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from lightning_ray.policy.settings import UpdateSettings
+from lightning_ray.policy.update import PolicyUpdater
+
+UPDATER: list[PolicyUpdater] = []
+
+
+def start() -> None:
+    torch.set_num_threads(1)
+
+
+def build(settings: UpdateSettings, rank: int, world_size: int, port: int) -> None:
+    """Replace the updater of this process."""
+    UPDATER.clear()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    UPDATER.append(PolicyUpdater(settings, rank, world_size, "127.0.0.1", port))
+
+
+def call(method: str, *args: Any) -> Any:
+    return getattr(UPDATER[0], method)(*args)
+
+
+def weights() -> dict[str, np.ndarray]:
+    return {name: tensor.detach().numpy().copy() for name, tensor in UPDATER[0].named_weights()}

@@ -1,0 +1,351 @@
+"""The policy update against an independent one, over ranks, micro batches, checkpoints and odd batches.
+
+Two processes serve the whole file as rank 0 and 1, or rank 0 alone.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import socket
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+pytest.importorskip("verl")
+
+import policy_worker
+from policy_oracle import (
+    PlainTrainer,
+    batch_table,
+    load,
+    make_batch,
+    token_logprobs,
+    write_tiny_model,
+)
+
+from lightning_ray.errors import ConfigError
+from lightning_ray.policy.settings import AdvantageName, DivergedError, LossName, UpdateSettings
+
+DEADLINE = 60.0
+
+
+class Ranks:
+    """Updaters in processes of their own, called alike."""
+
+    def __init__(self) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self._processes = [
+            ProcessPoolExecutor(1, mp_context=spawn, initializer=policy_worker.start) for _ in range(2)
+        ]
+        self.world_size = 0
+
+    def build(self, settings: UpdateSettings, world_size: int) -> Ranks:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.world_size = world_size
+        self._each(lambda rank: (policy_worker.build, settings, rank, world_size, port))
+        return self
+
+    def call(self, method: str, *args: Any) -> Any:
+        """Call every rank; their results must be the same."""
+        results = self._each(lambda rank: (policy_worker.call, method, *args))
+        for other in results[1:]:
+            np.testing.assert_equal(other, results[0])
+        return results[0]
+
+    def weights(self) -> dict[str, np.ndarray]:
+        results = self._each(lambda rank: (policy_worker.weights,))
+        for other in results[1:]:
+            np.testing.assert_equal(other, results[0])
+        return results[0]
+
+    def _each(self, submission: Callable[[int], tuple]) -> list[Any]:
+        futures = [self._processes[rank].submit(*submission(rank)) for rank in range(self.world_size)]
+        failures = [failure for future in futures if (failure := future.exception(DEADLINE))]
+        if failures:
+            raise failures[0]
+        return [future.result() for future in futures]
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.shutdown()
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    ranks = Ranks()
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("policy") / "model"
+    write_tiny_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def batches(folder: Path) -> list[pa.Table]:
+    model = load(folder)
+    return [make_batch(model, seed=seed) for seed in range(4)]
+
+
+def settings_for(folder: Path, **changes: Any) -> UpdateSettings:
+    defaults: dict[str, Any] = {"learning_rate": 1e-3, "warmup_steps": 2, "weight_decay": 0.01}
+    return UpdateSettings(model_path=str(folder), **defaults | changes)
+
+
+def assert_same_weights(one: dict[str, np.ndarray], other: dict[str, np.ndarray], atol: float) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_allclose(one[name], other[name], rtol=0, atol=atol, err_msg=name)
+
+
+def with_column(table: pa.Table, name: str, values: list) -> pa.Table:
+    return table.set_column(table.column_names.index(name), name, pa.array(values, table[name].type))
+
+
+def on_policy(ranks: Ranks, table: pa.Table) -> pa.Table:
+    """The same rows with the trainer's own logprobs, as an engine with equal weights would give them."""
+    logprobs = ranks.call("logprobs", table["token_ids"].to_pylist())
+    masks = table["mask"].to_pylist()
+    rows = [(np.concatenate([[0.0], row]) * mask).tolist() for row, mask in zip(logprobs, masks, strict=True)]
+    return with_column(table, "logprobs", rows)
+
+
+@pytest.mark.parametrize(("world_size", "micro_batch_tokens"), [(1, 8192), (1, 64), (2, 8192), (2, 64)])
+def test_equals_plain_pytorch(
+    ranks: Ranks, folder: Path, batches: list[pa.Table], world_size: int, micro_batch_tokens: int
+) -> None:
+    settings = settings_for(folder, minibatch_rollouts=1000, micro_batch_tokens=micro_batch_tokens)
+    ranks.build(settings, world_size)
+    plain = PlainTrainer(folder, settings)
+    for table in batches:
+        ours, theirs = ranks.call("update", table), plain.update(table)
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+        assert 0 < ours["clip_share"] < 1
+    expected = {name: weight.detach().numpy() for name, weight in plain.model.named_parameters()}
+    assert_same_weights(ranks.weights(), expected, atol=1e-5)
+    moved = load(folder).model.embed_tokens.weight.detach().numpy() - expected["model.embed_tokens.weight"]
+    assert np.abs(moved).max() > 1e-3
+
+
+def test_two_ranks_step_through_minibatches_as_one_does(
+    ranks: Ranks, folder: Path, batches: list[pa.Table]
+) -> None:
+    settings = settings_for(folder, minibatch_rollouts=5, epochs=2, micro_batch_tokens=100)
+    results, weights = [], []
+    for world_size in (1, 2):
+        ranks.build(settings, world_size)
+        results.append([ranks.call("update", table) for table in batches[:2]])
+        weights.append(ranks.weights())
+    for one, two in zip(*results, strict=True):
+        assert one == pytest.approx(two, rel=1e-4, abs=1e-6)
+        assert one["steps"] == 8
+    assert_same_weights(*weights, atol=1e-5)
+
+
+def test_more_ranks_than_rows(ranks: Ranks, folder: Path, batches: list[pa.Table]) -> None:
+    rows = batches[0].to_pylist()
+    first = {row["rollout_id"]: row for row in reversed(rows) if row["rollout_id"] in ("r0", "r1")}
+    table = batch_table({name: [row[name] for row in first.values()] for name in batches[0].column_names})
+    settings = settings_for(folder, minibatch_rollouts=1, warmup_steps=0)
+    one = ranks.build(settings, 1).call("update", table)
+    assert ranks.build(settings, 2).call("update", table) == pytest.approx(one, rel=1e-4, abs=1e-6)
+
+
+def test_statistics_are_of_rollouts_not_of_rows(ranks: Ranks, folder: Path) -> None:
+    ranks.build(settings_for(folder), 1)
+    sequence, mask = [5, 6, 7, 8], [0, 1, 1, 1]
+    rollouts = ["a", "a", "a", "b", "c"]
+    rewards = {"a": 1.0, "b": 0.0, "c": 0.0}
+    table = batch_table(
+        {
+            "rollout_id": rollouts,
+            "group_id": ["g"] * 5,
+            "reward": [rewards[rollout] for rollout in rollouts],
+            "token_ids": [sequence] * 5,
+            "mask": [mask] * 5,
+            "logprobs": [[0.0] * 4] * 5,
+            "weight_versions": [[0] * 4] * 5,
+        }
+    )
+    result = ranks.call("update", on_policy(ranks, table))
+    mean, deviation = 1 / 3, np.std([1, 0, 0], ddof=1)
+    advantages = [(rewards[rollout] - mean) / deviation for rollout in rollouts]
+    # With ratios of 1 the loss is minus the mean advantage of the trained tokens.
+    assert result["loss"] == pytest.approx(-np.mean(advantages), abs=1e-4)
+    assert result["max_logprob_diff"] < 1e-5
+
+
+def test_only_sampled_tokens_are_trained(ranks: Ranks, folder: Path, batches: list[pa.Table]) -> None:
+    table = batches[0]
+    masks = table["mask"].to_pylist()
+    noise = np.random.default_rng(0)
+    rows = [
+        np.where(mask, row, noise.uniform(-9, 0, len(row))).tolist()
+        for mask, row in zip(masks, table["logprobs"].to_pylist(), strict=True)
+    ]
+    settings = settings_for(folder, warmup_steps=0)
+    weights, results = [], []
+    for each in (table, with_column(table, "logprobs", rows)):
+        ranks.build(settings, 1)
+        results.append(ranks.call("update", each))
+        weights.append(ranks.weights())
+    assert results[0] == results[1]
+    assert_same_weights(*weights, atol=0)
+    assert results[0]["trained_tokens"] == sum(sum(mask) for mask in masks)
+
+
+def test_logprobs_are_checked_before_the_first_step(
+    ranks: Ranks, folder: Path, batches: list[pa.Table]
+) -> None:
+    ranks.build(settings_for(folder, minibatch_rollouts=1, warmup_steps=0, learning_rate=1e-2), 2)
+    table = on_policy(ranks, batches[0])
+    rows = table["logprobs"].to_pylist()
+    rows[-1][-1] -= 0.125
+    result = ranks.call("update", with_column(table, "logprobs", rows))
+    # All but one of sixteen steps came before the last rollout was trained; none is seen here.
+    assert result["max_logprob_diff"] == pytest.approx(0.125, abs=1e-4)
+    assert result["mean_logprob_diff"] == pytest.approx(0.125 / result["trained_tokens"], abs=1e-5)
+
+
+def test_a_rollout_alone_in_its_group_is_left_out(
+    ranks: Ranks, folder: Path, batches: list[pa.Table]
+) -> None:
+    table = batches[0]
+    lone = [row for row in table.to_pylist() if row["rollout_id"] == "r0"]
+    added = pa.table(
+        {
+            name: table[name].to_pylist()
+            + [{"rollout_id": "z", "group_id": "z"}.get(name, row[name]) for row in lone]
+            for name in table.column_names
+        },
+        schema=table.schema,
+    )
+    settings = settings_for(folder, warmup_steps=0)
+    without = ranks.build(settings, 1).call("update", table)
+    result = ranks.build(settings, 1).call("update", added)
+    assert result == pytest.approx(without | {"lone_rollouts": 1.0})
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    ranks: Ranks, folder: Path, batches: list[pa.Table], tmp_path: Path, world_size: int
+) -> None:
+    settings = settings_for(folder, minibatch_rollouts=5)
+    saved = tmp_path / "saved"
+    ranks.build(settings, world_size)
+    ranks.call("update", batches[0])
+    ranks.call("save", str(saved))
+    saved_weights = ranks.weights()
+    expected = [ranks.call("update", table) for table in batches[1:]]
+    expected_weights = ranks.weights()
+
+    ranks.build(settings, world_size)
+    ranks.call("logprobs", [[1, 2, 3]])
+    ranks.call("load", str(saved))
+    assert_same_weights(ranks.weights(), saved_weights, atol=0)
+    assert [ranks.call("update", table) for table in batches[1:]] == expected
+    assert_same_weights(ranks.weights(), expected_weights, atol=0)
+
+
+def test_a_saved_folder_is_a_model(
+    ranks: Ranks, folder: Path, batches: list[pa.Table], tmp_path: Path
+) -> None:
+    ranks.build(settings_for(folder, warmup_steps=0), 2)
+    ranks.call("update", batches[0])
+    ranks.call("save", str(tmp_path))
+    model = load(tmp_path)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    weights = {name: weight.detach().numpy() for name, weight in model.named_parameters()}
+    assert_same_weights(weights, ranks.weights(), atol=0)
+    for name in ("config.json", "tokenizer.json"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+    ranks.build(settings_for(tmp_path), 1)
+    assert_same_weights(ranks.weights(), weights, atol=0)
+    with pytest.raises(ConfigError, match="saved by 2 trainer ranks and cannot be resumed by 1"):
+        ranks.call("load", str(tmp_path))
+    with pytest.raises(ConfigError, match="no checkpoint to resume from"):
+        ranks.call("load", str(folder))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_logprobs_equal_those_of_transformers(
+    ranks: Ranks, folder: Path, batches: list[pa.Table], world_size: int
+) -> None:
+    ranks.build(settings_for(folder), world_size)
+    sequences = [*batches[0]["token_ids"].to_pylist()[:5], [3, 4]]
+    model = load(folder)
+    for ours, sequence in zip(ranks.call("logprobs", sequences), sequences, strict=True):
+        assert ours.dtype == np.float32
+        np.testing.assert_allclose(ours, token_logprobs(model, sequence).detach().numpy(), atol=1e-5)
+
+
+def test_every_advantage_and_loss_is_the_same_on_two_ranks(
+    ranks: Ranks, folder: Path, batches: list[pa.Table]
+) -> None:
+    rows = {"loss_aggregation": "seq-mean-token-mean"}
+    horizon = {"loss_aggregation": "seq-mean-token-sum-norm", "loss_horizon": 64, "advantage_by_std": False}
+    choices: list[dict[str, Any]] = [{"advantage": name} for name in get_args(AdvantageName)]
+    choices += [{"loss": name, **rows} for name in get_args(LossName)] + [horizon]
+    results = []
+    for world_size in (1, 2):
+        results.append([])
+        for choice in choices:
+            settings = settings_for(folder, micro_batch_tokens=100 * world_size, warmup_steps=0, **choice)
+            results[-1].append(ranks.build(settings, world_size).call("update", batches[0]))
+    for choice, one, two in zip(choices, *results, strict=True):
+        assert two == pytest.approx(one, rel=1e-4, abs=1e-6), choice
+        assert one["grad_norm"] > 0
+
+
+def test_a_loss_that_is_not_finite_changes_nothing(
+    ranks: Ranks, folder: Path, batches: list[pa.Table]
+) -> None:
+    ranks.build(settings_for(folder, warmup_steps=0, minibatch_rollouts=1000), 2)
+    rows = batches[0]["logprobs"].to_pylist()
+    rows[0][-1] = float("nan")
+    before = ranks.weights()
+    with pytest.raises(DivergedError, match="loss of update 1 is nan"):
+        ranks.call("update", with_column(batches[0], "logprobs", rows))
+    assert_same_weights(ranks.weights(), before, atol=0)
+
+
+def test_a_malformed_batch_is_named(ranks: Ranks, folder: Path, batches: list[pa.Table]) -> None:
+    ranks.build(settings_for(folder), 1)
+    table = batches[0]
+    first_trained = table["mask"].to_pylist()
+    first_trained[2][0] = 1
+    short = table["logprobs"].to_pylist()
+    short[1] = short[1][:-1]
+    two_rewards = list(range(table.num_rows))
+    for broken, message in [
+        (table.slice(0, 0), "no rows"),
+        (table.drop_columns("mask"), r"lacks the columns \['mask'\]"),
+        (with_column(table, "mask", first_trained), "row 2 trains its first token"),
+        (with_column(table, "logprobs", short), "'logprobs' must have as many items"),
+        (with_column(table, "reward", two_rewards), "different rewards"),
+        (with_column(table, "mask", [[0] * len(row) for row in first_trained]), "empty or alone"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            ranks.call("update", broken)
+
+
+def test_an_unusable_model_path_is_named(ranks: Ranks, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="model_path='/no/such/model' is not a folder"):
+        ranks.build(settings_for(Path("/no/such/model")), 1)
+    with pytest.raises(ConfigError, match=r"has no config\.json"):
+        ranks.build(settings_for(tmp_path), 1)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3"}))
+    with pytest.raises(ConfigError, match=r"but no weights \(\*\.safetensors or \*\.bin\)"):
+        ranks.build(settings_for(tmp_path), 1)
