@@ -48,7 +48,8 @@ def train(given: argparse.Namespace) -> int:
         raise ConfigError(f"{given.path}: no such training script; give a Python file, or a folder with a train.py")
     launch = Launch(given.name, given.resume, dict(parse_setting(text) for text in given.set))
     sys.argv = [str(script), *given.script_arguments]
-    sys.path.insert(0, str(script.parent.resolve()))
+    # As ``python -m`` does, so that a script finds its neighbours; Ray's workers get the same path.
+    sys.path[:0] = [str(Path.cwd()), str(script.parent.resolve())]
     with launched(launch):
         runpy.run_path(str(script), run_name="__main__")
     return 0

@@ -109,7 +109,7 @@ class Cluster:
             application = Policy.options(num_replicas=settings.replicas, ray_actor_options=options).bind(
                 str(model), model_name, settings, self.store, self.secret
             )
-            return serve.run(application, name=DEPLOYMENT, route_prefix="/", _blocking=True)
+            return serve.run(application, name=DEPLOYMENT, route_prefix="/")
 
         self._policy = await within(
             asyncio.to_thread(deploy), settings.startup_timeout_seconds, f"the policy deployment on port {port}"
@@ -130,7 +130,7 @@ class Cluster:
 
     async def connect(self, settings: EngineSettings) -> PolicySwapper:
         """Tie the trainer ranks to the policy's replicas."""
-        await self.trainers.call("attach_policy", self._policy, settings.transfer, timeout=60.0)
+        await self.trainers.call("attach_policy", self._policy, settings.transfer, settings.swap_timeout_seconds, timeout=60.0)
         return PolicySwapper(
             self.replicas, self.trainers, settings.logprob_tolerance, settings.swap_timeout_seconds
         )
@@ -186,6 +186,17 @@ class Cluster:
             from ray import serve
 
             await asyncio.to_thread(serve.delete, self._policy.app_name)
+
+
+async def together(*work: Any) -> list[Any]:
+    """Await all; the first failure cancels the others and is raised as it is."""
+    tasks = [asyncio.ensure_future(each) for each in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def within(work: Any, seconds: float, what: str) -> Any:

@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from lightning_ray.agent import LitAgent
 from lightning_ray.algorithms.grpo import GRPO, NEUTRAL
-from lightning_ray.cluster import Cluster, tree_memory
+from lightning_ray.cluster import Cluster, together, tree_memory
 from lightning_ray.config import EngineSettings
 from lightning_ray.errors import AgentError, InfrastructureError
 from lightning_ray.evaluation import Evaluation, evaluate
@@ -108,14 +108,13 @@ class Run:
         self._settings = settings
         threading.Thread(target=self._sample_memory, daemon=True).start()
         with self.reporter.stage("Ray and span store"):
-            await asyncio.to_thread(lambda: None)
             self.cluster.start_ray()
             self.store = self.cluster.start_store(self.folder.store)
             await self.store.statistics()
             await self._cancel_leftovers()
         model = await self._model(settings)
         with self.reporter.stage("engine and trainer up"):
-            endpoint, _ = await asyncio.gather(
+            endpoint, _ = await together(
                 self.cluster.start_policy(model, settings.model_name, settings.engine),
                 self.cluster.start_trainers(settings.update_settings(model), settings.ranks),
             )

@@ -1,7 +1,7 @@
 """A second, independent policy update: plain PyTorch on one process, written from the formulas.
 
 AdamW, GRPO advantages (one reward a rollout, sample standard deviation, epsilon 1e-6) and the clipped loss
-with its dual clip at 3, averaged over the trained tokens of a minibatch. Rows are run one at a time, unpadded.
+with its dual clip at 3, averaged over the trained tokens of a minibatch. Rows are run one by one, unpadded.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from lightning_ray.policy.settings import UpdateSettings
 
 VOCABULARY = 128
+torch.set_num_threads(1)
 
 
 def write_tiny_model(folder: Path) -> None:

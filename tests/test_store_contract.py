@@ -9,6 +9,7 @@ import pickle
 import shutil
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -238,6 +239,42 @@ async def test_statistics(store: Store) -> None:
     after = await store.statistics()
     assert (after["spans"] - before["spans"], after["rollouts"] - before["rollouts"]) == (2, 1)
     assert (after["queued"], after["live_attempts"]) == (0, 0)
+
+
+async def test_answers_wait_for_the_disk_and_share_its_syncs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, gate, syncs = LocalStoreClient(SpanStore(tmp_path)), threading.Event(), []
+
+    def slow(fd: int) -> None:
+        syncs.append(fd)
+        gate.wait(10.0)
+
+    monkeypatch.setattr("os.fdatasync", slow)
+    requests = [EnqueueRolloutRequest(input=n) for n in range(50)]
+    writes = [asyncio.create_task(store.enqueue_many_rollouts([request])) for request in requests]
+    read = asyncio.create_task(store.query_rollouts())
+    done, _ = await asyncio.wait([*writes, read], timeout=0.3)
+    assert not done
+    gate.set()
+    await asyncio.wait_for(asyncio.gather(*writes, read), 5.0)
+    assert len(syncs) <= 3
+    await store.close()
+
+
+async def test_a_failing_disk_is_told_to_everyone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = LocalStoreClient(SpanStore(tmp_path))
+
+    def broken(fd: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("os.fdatasync", broken)
+    requests = [EnqueueRolloutRequest(input=n) for n in range(3)]
+    calls = [store.enqueue_many_rollouts([request]) for request in requests]
+    answers = await asyncio.gather(*calls, return_exceptions=True)
+    assert all(isinstance(answer, InfrastructureError) for answer in answers)
+    with pytest.raises(InfrastructureError, match="Input/output error"):
+        await store.query_rollouts()
 
 
 async def test_the_client_can_be_pickled(handle: Any, cluster: Any) -> None:

@@ -93,7 +93,7 @@ def test_the_end_of_an_attempt_is_final() -> None:
     assert lifecycle.finish("a", first, "succeeded", None, 2.0).status == "requeuing"
     second = lease(lifecycle)
     lifecycle.spans_arrived([("a", first, 0, 1)], 3.0)
-    assert lifecycle.rollout("a").status == "preparing"
+    assert lifecycle.finish("a", first, "succeeded", None, 3.0).status == "preparing"
     assert lifecycle.finish("a", second, "succeeded", None, 4.0).status == "succeeded"
     assert lifecycle.finish("a", second, "failed", None, 5.0).end_time == 4.0
 
@@ -267,7 +267,11 @@ class AnyHistory(RuleBasedStateMachine):
     @rule(data=st.data(), status=st.sampled_from(sorted(TERMINAL_ATTEMPT)), infrastructure=st.booleans())
     def finish(self, data: st.DataObject, status: str, infrastructure: bool) -> None:
         rollout_id, attempt_id, _ = data.draw(st.sampled_from(self.known))
+        before = {attempt.attempt_id: attempt for attempt in self.lifecycle.attempts(rollout_id)}
         self.lifecycle.finish(rollout_id, attempt_id, status, {"infrastructure": infrastructure}, self.now)
+        for attempt in self.lifecycle.attempts(rollout_id):
+            others = attempt.attempt_id != attempt_id or before[attempt_id].status in TERMINAL_ATTEMPT
+            assert attempt == before[attempt.attempt_id] if others else attempt.status == status
 
     @precondition(lambda self: self.known)
     @rule(data=st.data())

@@ -1,8 +1,8 @@
 """Conversations of a demonstrator that writes queries well, aims carelessly and takes correction badly.
 
 It is worse after an error than before one on purpose: a model that learns from it starts with room for
-reinforcement learning to show something. Its weaknesses are the constants below; it solves about two tasks in five.
-The tool's answers are SQLite's own. How a conversation becomes tokens is left to the warm start.
+reinforcement learning to show something. Its weaknesses are the constants below; it solves two tasks in five.
+The tool's answers are real. How a conversation becomes tokens is left to the warm start.
 """
 
 from __future__ import annotations

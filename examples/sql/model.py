@@ -1,8 +1,8 @@
 """A policy made on the spot: a Qwen3 of 0.35 million parameters and a tokenizer of whole words.
 
-Invariants: any sequence of ids without the end token survives decoding and encoding unchanged, because every other
-token is an ordinary word between spaces; and the template of a longer conversation extends, id for id, the prompt
-and the sampled ids of each turn before. Training is left to the warm start.
+Invariants: any sequence of ids without the end token survives decoding and encoding unchanged, because every
+other token is an ordinary word between spaces; and the template of a longer conversation extends, id for id,
+the prompt and the sampled ids of each turn before. Training is left to the warm start.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from examples.sql.task import AGGREGATES, COMPARISONS, DONE, ORDERS, PEOPLE, SYN
 START, END = "<|im_start|>", "<|im_end|>"
 LARGEST_NUMBER = 349
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|> {{ message['role'] }} {{ message['content'] or '' }} <|im_end|> "
+    "{% for message in messages %}"
+    "<|im_start|> {{ message['role'] }} {{ message['content'] or '' }} <|im_end|> "
     "{% endfor %}{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
 )
 
@@ -59,7 +60,7 @@ def make_tokenizer() -> Any:
 def make_model(seed: int, std: float = 0.09) -> Any:
     """An untrained `Qwen3ForCausalLM` in float32.
 
-    `std` is that of the initial weights. With the usual 0.02 it does not learn to copy a word from the tool's answer.
+    `std` is that of the initial weights. With the usual 0.02, copying from the tool's answer is not learned.
     """
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM

@@ -1,9 +1,9 @@
 """The task: a question about one small table, to be answered by a SQL query over real SQLite, in a few turns.
 
-The question says "age" or "pay"; in half of the databases the column has another name, and only the answer to
-a failing query tells which. Invariants: the questions of the three sets are disjoint, and the same under every
-seed (the seed draws the databases); a query for another question about the same table is never correct; whatever
-the query, running it changes nothing and ends soon. What to do with an answer is left to the agent.
+The question says "age" or "pay"; in half of the databases the column has another name, and only the answer
+to a failing query tells which. Invariants: the questions of the three sets are disjoint, and the same under
+every seed (the seed draws the databases); a query for another question about the same table is never correct;
+whatever the query, running it changes nothing and ends soon. What to do with an answer is left to the agent.
 """
 
 from __future__ import annotations
@@ -125,6 +125,7 @@ def open_database(task: Task, *, twin: bool = False) -> sqlite3.Connection:
     conn.executemany(f"INSERT INTO {task['table']} VALUES ({marks})", rows)
     conn.commit()
     conn.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 4096)
+    conn.setlimit(sqlite3.SQLITE_LIMIT_SQL_LENGTH, 4096)
     conn.set_authorizer(_authorize)
     return conn
 

@@ -1,7 +1,7 @@
 """The policy before reinforcement learning: a new model taught the format of the task by demonstrations.
 
-Only what the assistant says, its end tokens included, is learned. Invariant: nothing but train questions is ever
-seen, the gate included. Weights and tokenizer end in one folder in the Hugging Face format.
+Only what the assistant says, its end tokens included, is learned. Invariant: nothing but train questions is
+ever seen, the gate included. Weights and tokenizer end in one folder in the Hugging Face format.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Progress = Callable[[int, int, float], None]
 IGNORED = -100
 RAMP_STEPS = 20
 ATTEMPTS = 3
-WRONG_NAMES = 0.15
+WRONG_NAMES = 0.10
 
 
 def warm_start(
@@ -36,8 +36,8 @@ def warm_start(
 ) -> float:
     """Make the policy in `folder`; `on_progress(step, steps, loss)`. Returns its `wrong_name_share`.
 
-    A model that has not learned to copy the columns it was told is thrown away, and the next one starts from other
-    weights and demonstrations. RuntimeError after three of them.
+    A model that has not learned to copy the columns it was told is thrown away, and the next one starts from
+    other weights and demonstrations. RuntimeError after three of them.
     """
     tasks, _, _ = make_tasks(seed)
     tokenizer = make_tokenizer()
@@ -55,8 +55,8 @@ def warm_start(
 def wrong_name_share(model: Any, tokenizer: Any, tasks: list[Task]) -> float:
     """How often, told the columns after an error, the model would name one that is not there (0 to 1).
 
-    The probability of a synonym that the database does not have, at the place of the column in the right query,
-    among all synonyms; the mean over the tasks whose column is renamed.
+    The probability of a synonym that the database does not have, among all synonyms, at the place of the
+    column in the right query; the mean over the tasks whose column is renamed.
     """
     import torch
 

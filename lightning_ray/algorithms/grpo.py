@@ -15,11 +15,9 @@ from pydantic import Field
 
 from lightning_ray.algorithms.base import Algorithm
 from lightning_ray.config import EngineSettings
-from lightning_ray.data import Epochs
 from lightning_ray.errors import ConfigError
 from lightning_ray.policy.model_folder import check_model_folder
 from lightning_ray.policy.settings import UpdateSettings
-from lightning_ray.trajectories.account import batch_of, settle
 
 if TYPE_CHECKING:
     from lightning_ray.run import Run
@@ -91,6 +89,9 @@ class GRPO(Algorithm):
 
     async def run(self, run: Run) -> None:
         """Play, settle, update, swap, prove; validate and save as told."""
+        from lightning_ray.data import Epochs
+        from lightning_ray.trajectories.account import batch_of, settle
+
         await run.start(self)
         for step in range(run.state.step, self.steps):
             began = time.perf_counter()

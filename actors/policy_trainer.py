@@ -1,0 +1,214 @@
+"""The policy under training as Ray actors: one actor a rank, and the group that the driver holds.
+
+The actor is a thin shell over ``PolicyUpdater``. The group calls all ranks alike, hands each the same batch
+in the object store, and waits with a deadline: a rank that dies or stays silent ends in an
+InfrastructureError that names the rank, the call and the cause. A group that has failed is stopped and
+started anew, not mended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from lightning_ray.errors import InfrastructureError, LightningRayError
+from lightning_ray.policy.settings import UpdateSettings
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
+    from lightning_ray.policy.publish import WeightPublisher
+    from lightning_ray.policy.update import PolicyUpdater
+
+SETTLE_SECONDS = 5.0
+"""How long to wait for other ranks after the first has failed: a death explains what its peers report."""
+
+
+class PolicyTrainer:
+    """One rank; made an actor by the group. ``updater`` exists once ``start`` has returned."""
+
+    updater: PolicyUpdater
+    publisher: WeightPublisher
+
+    def __init__(self, settings: UpdateSettings, rank: int, world_size: int) -> None:
+        self.settings = settings
+        self.rank = rank
+        self.world_size = world_size
+
+    def address(self) -> tuple[str, int]:
+        """Where ranks can meet: this node's address and a port that is free now."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def start(self, master_address: str, master_port: int) -> None:
+        """Import verl, join the other ranks and load the model: seconds to minutes."""
+        from lightning_ray.policy.update import PolicyUpdater
+
+        self.updater = PolicyUpdater(self.settings, self.rank, self.world_size, master_address, master_port)
+
+    def update(self, batch: pa.Table) -> dict[str, float]:
+        return self.updater.update(batch)
+
+    def logprobs(self, sequences: list[list[int]]) -> list[np.ndarray]:
+        return self.updater.logprobs(sequences)
+
+    def save(self, folder: str) -> None:
+        self.updater.save(folder)
+
+    def load(self, folder: str) -> None:
+        self.updater.load(folder)
+
+    def attach_policy(self, policy: Any, transfer: str, timeout: float) -> None:
+        """Name the deployment (a Serve handle) whose replicas get this group's weights."""
+        from lightning_ray.policy.publish import WeightPublisher
+
+        self.publisher = WeightPublisher(self.updater, self.rank, transfer)
+        self._broadcast = lambda method, *args: policy.broadcast(method, *args).results(timeout_s=timeout)
+
+    def connect_engine(self, offsets: dict[str, int], world_size: int) -> None:
+        """Form the transfer group with the engine workers; see ``WeightPublisher.connect``."""
+        self.publisher.connect(self._broadcast, offsets, world_size, ray.util.get_node_ip_address())
+
+    def push(self, version: int) -> float:
+        """Send the weights to every replica as ``version``; returns the seconds it took."""
+        return self.publisher.push(version)
+
+    def probes(self) -> dict[str, float]:
+        """One number for each parameter, comparable with the engine's."""
+        from lightning_ray.policy.probe import trainer_probes
+
+        return trainer_probes(self.updater.named_weights())
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def ready(self) -> bool:
+        """Whether the model is loaded."""
+        return hasattr(self, "updater")
+
+    def memory(self) -> int:
+        """Resident bytes of this process."""
+        return psutil.Process().memory_info().rss
+
+
+class PolicyTrainerGroup:
+    """All ranks of the policy under training."""
+
+    def __init__(self, ranks: list[Any]) -> None:
+        self.ranks = ranks
+
+    @classmethod
+    async def start(cls, settings: UpdateSettings, ranks: int, timeout: float = 300.0) -> PolicyTrainerGroup:
+        """Start ``ranks`` actors and load the model, within ``timeout`` seconds altogether.
+
+        Raises ConfigError for settings that cannot work, InfrastructureError if a rank does not come up;
+        nothing is left running then.
+        """
+        # One thread a rank: ranks on one machine would otherwise fight for its cores.
+        env = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        actor = ray.remote(PolicyTrainer).options(
+            num_cpus=1,
+            num_gpus=1 if settings.device == "cuda" else 0,
+            runtime_env={"env_vars": env},
+        )
+        group = cls([actor.remote(settings, rank, ranks) for rank in range(ranks)])
+        deadline = time.monotonic() + timeout
+        try:
+            host, port = (await group.call("address", timeout=timeout))[0]
+            await group.call("start", host, port, timeout=deadline - time.monotonic())
+        except BaseException:
+            group.stop()
+            raise
+        return group
+
+    async def update(self, batch: pa.Table, timeout: float = 600.0) -> dict[str, float]:
+        """Train on a batch; see ``PolicyUpdater.update``."""
+        return (await self.call("update", ray.put(batch), timeout=timeout))[0]
+
+    async def logprobs(self, sequences: list[list[int]], timeout: float = 120.0) -> list[np.ndarray]:
+        """Log probabilities under the present weights; see ``PolicyUpdater.logprobs``."""
+        return (await self.call("logprobs", sequences, timeout=timeout))[0]
+
+    async def save(self, folder: str, timeout: float = 600.0) -> None:
+        """Write a checkpoint into a folder that all ranks see; see ``PolicyUpdater.save``."""
+        await self.call("save", folder, timeout=timeout)
+
+    async def load(self, folder: str, timeout: float = 600.0) -> None:
+        """Go on from a checkpoint; see ``PolicyUpdater.load``."""
+        await self.call("load", folder, timeout=timeout)
+
+    async def call(self, method: str, *args: Any, timeout: float) -> list[Any]:
+        """Call a method of every rank and return their results, by rank.
+
+        A LightningRayError or ValueError of a rank is raised as it is. Raises InfrastructureError if a rank
+        died, failed otherwise, or did not answer within ``timeout`` seconds.
+        """
+        pending = {
+            asyncio.ensure_future(_result(getattr(actor, method).remote(*args))): rank
+            for rank, actor in enumerate(self.ranks)
+        }
+        done, waiting = await asyncio.wait(pending, timeout=timeout, return_when=asyncio.FIRST_EXCEPTION)
+        for task in waiting:
+            task.add_done_callback(_ignore)
+        if any(task.exception() for task in done):
+            if waiting:
+                done |= (await asyncio.wait(waiting, timeout=SETTLE_SECONDS))[0]
+            raise _worst({pending[task]: task.exception() for task in done}, method)
+        if waiting:
+            silent = sorted(pending[task] for task in waiting)
+            raise InfrastructureError(
+                f"trainer rank {silent} did not answer {method!r} within {timeout:g} s. If `ray status` "
+                "shows it waiting for a CPU or GPU, free one; if the work is large, give a longer timeout; "
+                "else resume from the last checkpoint"
+            )
+        return [task.result() for task in pending]
+
+    def stop(self) -> None:
+        """End all ranks at once; what they have not saved is lost."""
+        for actor in self.ranks:
+            ray.kill(actor)
+        self.ranks = []
+
+
+async def _result(reference: Any) -> Any:
+    return await reference
+
+
+def _ignore(task: asyncio.Future[Any]) -> None:
+    """Take note of a late failure, which asyncio would else complain about: the call has already failed."""
+    if not task.cancelled():
+        task.exception()
+
+
+def _worst(failures: dict[int, BaseException | None], method: str) -> Exception:
+    """What to raise for the failures of ranks: a death first, then what a rank says of itself."""
+    errors = {rank: error for rank, error in sorted(failures.items()) if error is not None}
+    for rank, error in errors.items():
+        if isinstance(error, RayActorError):
+            return InfrastructureError(
+                f"trainer rank {rank} died during {method!r}; resume from the last checkpoint. "
+                f"{_first_lines(error)}"
+            )
+    for error in errors.values():
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        if isinstance(cause, LightningRayError | ValueError):
+            return cause
+    rank, error = next(iter(errors.items()))
+    failure = InfrastructureError(f"trainer rank {rank} failed in {method!r}: {_first_lines(error)}")
+    failure.__cause__ = error
+    return failure
+
+
+def _first_lines(error: BaseException) -> str:
+    """The message without the stack of the other process, at most 500 characters."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (" ".join(lines) if isinstance(error, RayActorError) else lines[-1])[:500]
