@@ -6,6 +6,7 @@ Each life of the process is a worker of its own to the store; a new life first g
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import uuid
 from typing import Any
 
@@ -20,19 +21,17 @@ from lightning_ray.store.client import Store
 class RunnerActor:
     """Plays an agent for as long as the actor lives."""
 
-    def __init__(self, name: str, agent: LitAgent[Any], store: Store, secret: bytes, concurrency: int):
-        self._name = name
-        self._arguments = (agent, store, f"{name}-{uuid.uuid4().hex[:6]}", secret, concurrency)
+    def __init__(self, name: str):
+        self._worker_id = f"{name}-{uuid.uuid4().hex[:6]}"
+        self._task: asyncio.Task[None] | None = None
 
-    async def run(self) -> None:
-        """Lease and play; ends only by ``stop`` (cancellation) or with the process."""
-        agent, store, worker_id, secret, concurrency = self._arguments
-        self._task = asyncio.create_task(Runner(agent, store, worker_id, secret, concurrency).run())
-        try:
+    async def run(self, agent: LitAgent[Any], store: Store, secret: bytes, concurrency: int) -> None:
+        """Lease and play; returns after ``stop``. Ray calls it again in a new life of the process."""
+        self._task = asyncio.create_task(Runner(agent, store, self._worker_id, secret, concurrency).run())
+        with contextlib.suppress(asyncio.CancelledError):
             await self._task
-        except asyncio.CancelledError:
-            return
 
     async def stop(self) -> None:
         """Cancel what is being played and return from ``run``."""
-        self._task.cancel()
+        if self._task is not None:
+            self._task.cancel()

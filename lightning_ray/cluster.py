@@ -7,6 +7,7 @@ say) or of an explicit address, and otherwise starts one of its own, which it en
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import secrets
 import shutil
@@ -75,13 +76,17 @@ class Cluster:
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "namespace": self._name}
         if self.owned:
             self._temp = Path(tempfile.mkdtemp(prefix="lr-", dir=short_temp()))
+            scratch = self._temp / "tmp"
+            scratch.mkdir()
             options |= {
+                "runtime_env": {"env_vars": {"TMPDIR": str(scratch)}},
                 "num_cpus": self._num_cpus,
                 "object_store_memory": OBJECT_STORE_BYTES,
                 "include_dashboard": False,
                 "_temp_dir": str(self._temp),
             }
         ray.init(self.address, **options)
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
         self.failure = asyncio.get_running_loop().create_future()
 
     def start_store(self, folder: Path) -> StoreClient:
@@ -141,11 +146,10 @@ class Cluster:
 
         for index in range(count):
             name = f"runner-{index}"
-            runner = RunnerActor.options(
-                name=f"{self._name}-{name}", runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}}
-            ).remote(name, agent, self.store, self.secret, concurrency)
+            runner = RunnerActor.options(name=f"{self._name}-{name}").remote(name)
             self.runners.append(runner)
-            self._background.append(asyncio.create_task(self._watch(name, runner.run.remote())))
+            running = runner.run.remote(agent, self.store, self.secret, concurrency)
+            self._background.append(asyncio.create_task(self._watch(name, running)))
 
     async def _watch(self, name: str, running: Any) -> None:
         try:
@@ -158,8 +162,6 @@ class Cluster:
         """End everything that this run started; nothing is left behind. Takes at most some ten seconds."""
         import ray
 
-        for task in self._background:
-            task.cancel()
         if not ray.is_initialized():
             return
         grown = psutil.Process().children(recursive=True) if self.owned else []
@@ -168,6 +170,8 @@ class Cluster:
                 await self._stop_actors()
         except Exception:  # a part that does not end is ended below, or by its owner's end
             pass
+        for task in self._background:
+            task.cancel()
         await asyncio.to_thread(ray.shutdown)
         end_processes(grown)
         if self._temp is not None:
@@ -176,6 +180,8 @@ class Cluster:
     async def _stop_actors(self) -> None:
         import ray
 
+        await asyncio.gather(*(runner.stop.remote() for runner in self.runners))
+        await asyncio.gather(*self._background)
         for runner in self.runners:
             ray.kill(runner)
         if self.trainers is not None:

@@ -33,8 +33,8 @@ def warm_start(
     lr: float = 4e-3,
     hint: bool = True,
     on_progress: Progress | None = None,
-) -> float:
-    """Make the policy in `folder`; `on_progress(step, steps, loss)`. Returns its `wrong_name_share`.
+) -> None:
+    """Make the policy in `folder`; `on_progress(step, steps, loss)`.
 
     A model that has not learned to copy the columns it was told is thrown away, and the next one starts from
     other weights and demonstrations. RuntimeError after three of them.
@@ -45,11 +45,11 @@ def warm_start(
         rng = random.Random(f"demonstrations {seed} {attempt}")
         model = make_model(ATTEMPTS * seed + attempt)
         _train(model, _batches(tokenizer, tasks, rng, steps, batch, hint), steps, lr, on_progress)
-        share = wrong_name_share(model, tokenizer, tasks)
-        if share <= WRONG_NAMES or not hint:
-            save_policy(model, tokenizer, folder)
-            return share
-    raise RuntimeError(f"{share:.0%} of the names after an error are wrong; raise steps, now {steps}")
+        if not hint or wrong_name_share(model, tokenizer, tasks) <= WRONG_NAMES:
+            return save_policy(model, tokenizer, folder)
+    raise RuntimeError(
+        f"{ATTEMPTS} warm starts do not copy the columns they are told; raise steps, now {steps}"
+    )
 
 
 def wrong_name_share(model: Any, tokenizer: Any, tasks: list[Task]) -> float:

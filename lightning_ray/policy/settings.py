@@ -60,7 +60,7 @@ class UpdateSettings(BaseModel):
     minibatch_rollouts: int = Field(default=64, ge=1)
     """At most this many rollouts to an optimizer step."""
     micro_batch_tokens: int = Field(default=2048, ge=1)
-    """Padded tokens to a forward pass; a longer row goes alone. Changes cost and memory, not the result: small
+    """Padded tokens to a forward pass; a longer row goes alone. Changes cost and memory, not results: small
     ones stay in a CPU's cache, a GPU wants tens of thousands."""
     check_logprobs: bool = True
     """Compare the engine's logprobs with the trainer's before the first step (one more forward pass, but for

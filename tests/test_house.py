@@ -1,0 +1,76 @@
+"""The house: a light import, arrows that point one way, a cluster file that Ray accepts."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+HEAVY = ("ray", "torch", "vllm", "verl", "transformers")
+AGENT = """
+import lightning_ray as lr
+from openai import AsyncOpenAI
+
+@lr.rollout
+async def agent(task: dict, llm: lr.LLM) -> float:
+    client = AsyncOpenAI(base_url=llm.endpoint, api_key=llm.api_key)
+    lr.emit_reward(1.0)
+    return 1.0
+
+lr.Trainer(algorithm=lr.GRPO(model="somewhere", group_size=8), n_runners=2)
+"""
+BLOCK = f"import sys\nfor name in {HEAVY!r}:\n    sys.modules[name] = None\n"
+
+
+def test_an_agent_and_its_trainer_need_nothing_heavy() -> None:
+    done = subprocess.run([sys.executable, "-c", BLOCK + AGENT], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_import_takes_less_than_a_third_of_a_second() -> None:
+    timed = "import time; t = time.perf_counter(); import lightning_ray; print(time.perf_counter() - t)"
+    seconds = [
+        float(subprocess.run([sys.executable, "-c", timed], capture_output=True, text=True, timeout=60).stdout)
+        for _ in range(5)
+    ]
+    assert min(seconds) < 0.3, seconds
+
+
+def imports_of(file: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return names
+
+
+def test_the_library_looks_at_actors_and_deployments_through_one_door() -> None:
+    for file in (ROOT / "lightning_ray").rglob("*.py"):
+        inward = {name for name in imports_of(file) if name.split(".")[0] in ("actors", "deployments")}
+        assert not inward or file.name == "cluster.py", f"{file.relative_to(ROOT)} imports {inward}"
+
+
+@pytest.mark.parametrize("part", ["store", "capture", "policy"])
+def test_the_parts_of_the_library_do_not_know_each_other(part: str) -> None:
+    others = {f"lightning_ray.{name}" for name in ("store", "capture", "trajectories", "policy") if name != part}
+    for file in (ROOT / "lightning_ray" / part).rglob("*.py"):
+        known = {name for name in imports_of(file) if name.startswith(tuple(others))}
+        assert not known, f"{file.relative_to(ROOT)} imports {known}"
+
+
+def test_ray_accepts_the_cluster_file() -> None:
+    import yaml
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    config["available_node_types"]["head"]["resources"]["CPU"] = 8  # AWS would be asked for what a type has
+    validate_config(prepare_config(config))
+    broken = {**config, "provider": {**config["provider"], "typo": 1}, "max_workerz": 1}
+    with pytest.raises(Exception, match="max_workerz"):
+        validate_config(prepare_config(broken))
