@@ -86,7 +86,6 @@ class Cluster:
                 "_temp_dir": str(self._temp),
             }
         ray.init(self.address, **options)
-        logging.getLogger("ray.serve").setLevel(logging.ERROR)
         self.failure = asyncio.get_running_loop().create_future()
 
     def start_store(self, folder: Path) -> StoreClient:
@@ -110,6 +109,7 @@ class Cluster:
             options["num_gpus"] = 1
 
         def deploy() -> Any:
+            logging.getLogger("ray.serve").setLevel(logging.ERROR)
             serve.start(http_options={"host": settings.host, "port": port}, logging_config={"log_level": "ERROR"})
             application = Policy.options(num_replicas=settings.replicas, ray_actor_options=options).bind(
                 str(model), model_name, settings, self.store, self.secret

@@ -40,11 +40,12 @@ def main() -> None:
 
     algorithm = lr.GRPO(
         model=make_model,
-        steps=30,
+        steps=20,
         group_size=8,
         prompts_per_step=16,
         learning_rate=6e-4,
         minibatch_rollouts=64,
+        validate_every=5,
         rollout_timeout_seconds=60,
         checkpoint_every=1,
         seed=given.seed,

@@ -214,7 +214,10 @@ class PolicyUpdater:
         weights: dict[str, torch.Tensor] = {}
         for name, tensor in self.named_weights():
             if self.rank == 0:
-                weights[name] = tensor.detach().cpu()
+                full = tensor.detach().cpu()
+                # Uneven shards are gathered into a longer buffer, which the file must not hold.
+                covers = full.untyped_storage().nbytes() == full.nbytes
+                weights[name] = full if covers else full.clone()
         if self.rank == 0:
             copy_description(Path(self.settings.model_path), target)
             save_torch_state_dict(weights, target)

@@ -63,7 +63,13 @@ async def two_turns(task: dict[str, Any], llm: lr.LLM) -> float:
     messages: list[Any] = [{"role": "user", "content": task["question"]}]
     said: list[str] = []
     for _ in range(2):
-        answer = await client.chat.completions.create(model=llm.model, messages=messages, max_tokens=task["length"])
+        answer = await client.chat.completions.create(
+            model=llm.model,
+            messages=messages,
+            max_tokens=task["length"],
+            # A random model says special tokens too; left out of the text, they would break the prefix.
+            extra_body={"skip_special_tokens": False},
+        )
         text = answer.choices[0].message.content or ""
         said += text.split()
         messages += [{"role": "assistant", "content": text}, {"role": "user", "content": "w1 w2"}]
