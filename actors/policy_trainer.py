@@ -67,6 +67,13 @@ class PolicyTrainer:
     def load(self, folder: str) -> None:
         self.updater.load(folder)
 
+    def load_transfer(self, transfer: str) -> None:
+        """Import the weight transfer now (seconds), so that the first swap need not wait for it."""
+        if self.rank == 0:
+            from lightning_ray.policy.publish import load_transfer
+
+            load_transfer(transfer)
+
     def attach_policy(self, policy: Any, transfer: str, timeout: float) -> None:
         """Name the deployment (a Serve handle) whose replicas get this group's weights."""
         from lightning_ray.policy.publish import WeightPublisher
@@ -156,9 +163,9 @@ class PolicyTrainerGroup:
             asyncio.ensure_future(_result(getattr(actor, method).remote(*args))): rank
             for rank, actor in enumerate(self.ranks)
         }
-        done, waiting = await asyncio.wait(pending, timeout=timeout, return_when=asyncio.FIRST_EXCEPTION)
-        for task in waiting:
+        for task in pending:
             task.add_done_callback(_ignore)
+        done, waiting = await asyncio.wait(pending, timeout=timeout, return_when=asyncio.FIRST_EXCEPTION)
         if any(task.exception() for task in done):
             if waiting:
                 done |= (await asyncio.wait(waiting, timeout=SETTLE_SECONDS))[0]
@@ -184,7 +191,7 @@ async def _result(reference: Any) -> Any:
 
 
 def _ignore(task: asyncio.Future[Any]) -> None:
-    """Take note of a late failure, which asyncio would else complain about: the call has already failed."""
+    """Take note of a failure that nobody waits for any more, which asyncio would else complain about."""
     if not task.cancelled():
         task.exception()
 

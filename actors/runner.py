@@ -24,14 +24,18 @@ class RunnerActor:
     def __init__(self, name: str):
         self._worker_id = f"{name}-{uuid.uuid4().hex[:6]}"
         self._task: asyncio.Task[None] | None = None
+        self._stopped = False
 
     async def run(self, agent: LitAgent[Any], store: Store, secret: bytes, concurrency: int) -> None:
         """Lease and play; returns after ``stop``. Ray calls it again in a new life of the process."""
+        if self._stopped:
+            return
         self._task = asyncio.create_task(Runner(agent, store, self._worker_id, secret, concurrency).run())
         with contextlib.suppress(asyncio.CancelledError):
             await self._task
 
     async def stop(self) -> None:
         """Cancel what is being played and return from ``run``."""
+        self._stopped = True
         if self._task is not None:
             self._task.cancel()

@@ -15,9 +15,10 @@ INTERRUPTED = 130
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit code. Errors of ours are one message on stderr, without a traceback."""
-    given = parser().parse_args(arguments)
+    own, script = split(sys.argv[1:] if arguments is None else arguments)
+    given = parser().parse_args(own)
     try:
-        return train(given)
+        return train(given, script)
     except LightningRayError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
@@ -26,28 +27,39 @@ def main(arguments: list[str] | None = None) -> int:
         return INTERRUPTED
 
 
+def split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """What is ours and what, after ``--``, is the script's."""
+    if "--" not in arguments:
+        return arguments, []
+    at = arguments.index("--")
+    return arguments[:at], arguments[at + 1 :]
+
+
 def parser() -> argparse.ArgumentParser:
     """The arguments."""
     top = argparse.ArgumentParser(prog="lightning-ray", description="Train any AI agent with reinforcement learning.")
     commands = top.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("train", help="run a training script, or the train.py of a folder")
+    command = commands.add_parser(
+        "train",
+        help="run a training script, or the train.py of a folder",
+        usage="lightning-ray train PATH [--name NAME] [--resume] [--set KEY=VALUE]... [-- SCRIPT ARGUMENTS]",
+    )
     command.add_argument("path", type=Path, help="a Python file that calls Trainer.fit, or a folder with a train.py")
     command.add_argument("--name", help="the run's name: its folder is runs/NAME")
     command.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
     command.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, e.g. algorithm.steps=5"
     )
-    command.add_argument("script_arguments", nargs="*", metavar="ARG", help="after --: arguments of the script itself")
     return top
 
 
-def train(given: argparse.Namespace) -> int:
+def train(given: argparse.Namespace, arguments: list[str]) -> int:
     """Run the user's script as ``__main__`` with what the command line overrides."""
     script: Path = given.path / "train.py" if given.path.is_dir() else given.path
     if not script.is_file():
         raise ConfigError(f"{given.path}: no such training script; give a Python file, or a folder with a train.py")
     launch = Launch(given.name, given.resume, dict(parse_setting(text) for text in given.set))
-    sys.argv = [str(script), *given.script_arguments]
+    sys.argv = [str(script), *arguments]
     # As ``python -m`` does, so that a script finds its neighbours; Ray's workers get the same path.
     sys.path[:0] = [str(Path.cwd()), str(script.parent.resolve())]
     with launched(launch):

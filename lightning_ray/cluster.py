@@ -42,8 +42,13 @@ QUIET = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
-CPU_ENGINE = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-"""One thread an engine, and the worker in the engine's own process: half the memory of the default."""
+CPU_ENGINE = {
+    "TORCHDYNAMO_DISABLE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
+"""One thread an engine; its worker in its own process (half the memory of the default); no compiler at work for 15 s on
+the first logprobs, for one small function."""
 
 
 class Cluster:
@@ -127,11 +132,12 @@ class Cluster:
         response = self._policy.broadcast(method, *arguments)
         return await asyncio.to_thread(response.results, timeout_s=self._swap_timeout)
 
-    async def start_trainers(self, settings: UpdateSettings, ranks: int) -> None:
-        """The trainer ranks."""
+    async def start_trainers(self, settings: UpdateSettings, ranks: int, transfer: str) -> None:
+        """The trainer ranks, ready to push weights."""
         from actors.policy_trainer import PolicyTrainerGroup
 
         self.trainers = await PolicyTrainerGroup.start(settings, ranks=ranks)
+        await self.trainers.call("load_transfer", transfer, timeout=120.0)
 
     async def connect(self, settings: EngineSettings) -> PolicySwapper:
         """Tie the trainer ranks to the policy's replicas."""

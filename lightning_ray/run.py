@@ -116,7 +116,9 @@ class Run:
         with self.reporter.stage("engine and trainer up"):
             endpoint, _ = await together(
                 self.cluster.start_policy(model, settings.model_name, settings.engine),
-                self.cluster.start_trainers(settings.update_settings(model), settings.ranks),
+                self.cluster.start_trainers(
+                    settings.update_settings(model), settings.ranks, settings.engine.transfer
+                ),
             )
         for name, sampling in RESOURCES.items():
             resource = endpoint.model_copy(update={"sampling_parameters": sampling})

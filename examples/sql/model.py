@@ -90,5 +90,8 @@ def make_model(seed: int, std: float = 0.09) -> Any:
 
 def save_policy(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write both in the Hugging Face format, loadable by transformers and vLLM."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -73,11 +73,12 @@ class WeightPublisher:
             return
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
+        init_info_of = load_transfer(self._backend)
         self._client = ReplicaClient(broadcast, offsets)
         if self._engine is not None:
             self._engine.shutdown()
         self._engine = WeightTransferTrainerFactory.trainer_init(
-            _init_info(self._backend, address, free_port(address), world_size),
+            init_info_of(master_address=address, master_port=free_port(address), world_size=world_size, rank=0),
             client=self._client,
             source=_source(self._weights, source),
         )
@@ -95,17 +96,16 @@ class WeightPublisher:
         return time.perf_counter() - started
 
 
-def _init_info(backend: str, address: str, port: int, world_size: int) -> Any:
+def load_transfer(backend: str) -> Any:
+    """Import vLLM's weight transfer of a backend; returns the class of its trainer-side init info."""
     if backend == "gloo":
         from lightning_ray.policy import gloo_transfer
 
         gloo_transfer.register()
-        return gloo_transfer.GlooTrainerInitInfo(
-            master_address=address, master_port=port, world_size=world_size, rank=0
-        )
+        return gloo_transfer.GlooTrainerInitInfo
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-    return NCCLTrainerInitInfo(master_address=address, master_port=port, world_size=world_size, rank=0)
+    return NCCLTrainerInitInfo
 
 
 def _source(weights: Weights, metas: list[tuple[str, torch.dtype, tuple[int, ...]]]) -> Any:
