@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from lightning_ray.errors import InfrastructureError, LightningRayError
+from lightning_ray.net import free_port
 from lightning_ray.policy.settings import UpdateSettings
 
 if TYPE_CHECKING:
@@ -45,9 +45,8 @@ class PolicyTrainer:
 
     def address(self) -> tuple[str, int]:
         """Where ranks can meet: this node's address and a port that is free now."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+        host = ray.util.get_node_ip_address()
+        return host, free_port(host)
 
     def start(self, master_address: str, master_port: int) -> None:
         """Import verl, join the other ranks and load the model: seconds to minutes."""
@@ -202,8 +201,7 @@ def _worst(failures: dict[int, BaseException | None], method: str) -> Exception:
     for rank, error in errors.items():
         if isinstance(error, RayActorError):
             return InfrastructureError(
-                f"trainer rank {rank} died during {method!r}; resume from the last checkpoint. "
-                f"{_first_lines(error)}"
+                f"trainer rank {rank} died during {method!r}; resume from the last checkpoint. {_first_lines(error)}"
             )
     for error in errors.values():
         cause = error.cause if isinstance(error, RayTaskError) else error

@@ -25,12 +25,11 @@ from lightning_ray.store.schema import spans_to_batch
 if TYPE_CHECKING:
     from lightning_ray.store.client import Store
 
-DEPLOYMENT = "policy"
 READY_SECONDS = 60.0
 """How long a request waits for a replica to be proved before it is answered 503."""
 
 
-@serve.deployment(name=DEPLOYMENT, max_ongoing_requests=1024, max_queued_requests=-1, graceful_shutdown_timeout_s=5)
+@serve.deployment(name="policy", max_ongoing_requests=1024, max_queued_requests=-1, graceful_shutdown_timeout_s=5)
 @serve.ingress()
 class Policy:
     """One replica: an AsyncLLM engine, vLLM's app over it, and capture around both."""

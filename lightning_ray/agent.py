@@ -1,7 +1,7 @@
 """What a user writes: a function (``@rollout``) or a class (``LitAgent``) that plays one task and returns its reward.
 
-The parameters say what the agent needs: ``task``, then ``llm`` or ``prompt_template`` (found among the resources by type,
-whatever their names), and ``rollout`` if wanted. Names and meaning as in Agent Lightning 0.3.
+The parameters say what the agent needs: ``task``, then ``llm`` or ``prompt_template`` (found among the resources
+by type, whatever their names), and ``rollout`` if wanted. Names and meaning as in Agent Lightning 0.3.
 """
 
 from __future__ import annotations
@@ -47,9 +47,7 @@ class LitAgent(Generic[T]):
         """Play one task in training; ``rollout_async`` unless overridden."""
         return await self.rollout_async(task, resources, rollout)
 
-    async def validation_rollout_async(
-        self, task: T, resources: NamedResources, rollout: Rollout
-    ) -> RolloutResult:
+    async def validation_rollout_async(self, task: T, resources: NamedResources, rollout: Rollout) -> RolloutResult:
         """Play one task in validation; ``rollout_async`` unless overridden."""
         return await self.rollout_async(task, resources, rollout)
 
@@ -111,26 +109,40 @@ def rollout(function: Callable[..., Any]) -> FunctionalLitAgent[Any]:
 
     Raises AgentError when the parameters are none of these.
     """
-    parameters = list(inspect.signature(function).parameters)
-    needs = {name: _RESOURCES[name] for name in parameters if name in _RESOURCES}
-    known = {"task", "rollout", *_RESOURCES}
-    if not parameters or parameters[0] != "task" or not needs or not set(parameters) <= known:
+    return _made(function, _RESOURCES, "'llm' or 'prompt_template' (or both)")
+
+
+def _made(
+    function: Callable[..., Any], kinds: Mapping[str, type[Resource]], wanted: str, strip_proxy: bool = True
+) -> FunctionalLitAgent[Any]:
+    """The agent, if its parameters are ``task``, then some of ``kinds`` and ``rollout``; others have defaults."""
+    parameters = inspect.signature(function).parameters
+    needs = {name: kinds[name] for name in parameters if name in kinds}
+    given = {"task", "rollout", *kinds}
+    unknown = [name for name, p in parameters.items() if name not in given and p.default is p.empty]
+    if next(iter(parameters), None) != "task" or not needs or unknown:
         raise AgentError(
-            f"agent {getattr(function, '__name__', function)!r} has parameters {parameters}; it needs 'task' first, then "
-            "'llm' or 'prompt_template' (or both), and 'rollout' if wanted"
+            f"agent {getattr(function, '__name__', function)!r} has parameters {list(parameters)}; "
+            f"it needs 'task' first, then {wanted}, and 'rollout' if wanted; others need a default"
         )
-    return FunctionalLitAgent(function, needs)
+    return FunctionalLitAgent(function, needs, strip_proxy)
 
 
 def llm_rollout(
     function: Callable[..., Any] | None = None, *, strip_proxy: bool = True
 ) -> FunctionalLitAgent[Any] | Callable[[Callable[..., Any]], FunctionalLitAgent[Any]]:
-    """Make an agent of ``[async] (task, llm[, rollout])``; with ``strip_proxy=False`` it gets the ProxyLLM itself."""
+    """Make an agent of ``[async] (task, llm[, rollout])``; with ``strip_proxy=False`` it gets the ProxyLLM itself.
+
+    Raises AgentError when the parameters are none of these.
+    """
     if function is None:
-        return lambda given: FunctionalLitAgent(given, {"llm": LLM}, strip_proxy)
-    return FunctionalLitAgent(function, {"llm": LLM}, strip_proxy)
+        return lambda given: _made(given, {"llm": LLM}, "'llm'", strip_proxy)
+    return _made(function, {"llm": LLM}, "'llm'", strip_proxy)
 
 
 def prompt_rollout(function: Callable[..., Any]) -> FunctionalLitAgent[Any]:
-    """Make an agent of ``[async] (task, prompt_template[, rollout])``."""
-    return FunctionalLitAgent(function, {"prompt_template": PromptTemplate})
+    """Make an agent of ``[async] (task, prompt_template[, rollout])``.
+
+    Raises AgentError when the parameters are none of these.
+    """
+    return _made(function, {"prompt_template": PromptTemplate}, "'prompt_template'")

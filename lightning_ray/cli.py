@@ -42,10 +42,11 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "train",
         help="run a training script, or the train.py of a folder",
-        usage="lightning-ray train PATH [--name NAME] [--resume] [--set KEY=VALUE]... [-- SCRIPT ARGUMENTS]",
+        usage="lightning-ray train PATH [--name NAME] [--runs-dir DIR] [--resume] [--set KEY=VALUE]... [-- ARGUMENTS]",
     )
     command.add_argument("path", type=Path, help="a Python file that calls Trainer.fit, or a folder with a train.py")
     command.add_argument("--name", help="the run's name: its folder is runs/NAME")
+    command.add_argument("--runs-dir", type=Path, help="where the run's folder is made (default: runs)")
     command.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
     command.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, e.g. algorithm.steps=5"
@@ -58,7 +59,7 @@ def train(given: argparse.Namespace, arguments: list[str]) -> int:
     script: Path = given.path / "train.py" if given.path.is_dir() else given.path
     if not script.is_file():
         raise ConfigError(f"{given.path}: no such training script; give a Python file, or a folder with a train.py")
-    launch = Launch(given.name, given.resume, dict(parse_setting(text) for text in given.set))
+    launch = Launch(given.name, given.runs_dir, given.resume, dict(parse_setting(text) for text in given.set))
     sys.argv = [str(script), *arguments]
     # As ``python -m`` does, so that a script finds its neighbours; Ray's workers get the same path.
     sys.path[:0] = [str(Path.cwd()), str(script.parent.resolve())]

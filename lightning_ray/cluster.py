@@ -1,7 +1,7 @@
 """The front door to Ray: starts and ends everything a run has running.
 
-The only file of the library that looks at ``actors`` and ``deployments``. Joins the Ray of RAY_ADDRESS (inside a submitted job,
-say) or of an explicit address, and otherwise starts one of its own, which it ends with all that grew out of it.
+The only file of the library that looks at ``actors`` and ``deployments``. Joins the Ray of RAY_ADDRESS (inside a
+submitted job, say) or of an explicit address, and otherwise starts one of its own, which it ends with all that grew out of it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import psutil
 from lightning_ray.agent import LitAgent
 from lightning_ray.config import EngineSettings
 from lightning_ray.errors import ConfigError, InfrastructureError
+from lightning_ray.net import free_port
 from lightning_ray.policy.settings import UpdateSettings
 from lightning_ray.policy.swap import PolicySwapper
 from lightning_ray.store.client import StoreClient
@@ -73,9 +74,8 @@ class Cluster:
     def start_ray(self) -> None:
         """Start or join Ray. Raises ConfigError when a foreign ``actors`` package hides ours."""
         check_packages()
-        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
+        os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a late call must not start another Ray after ours has ended
         import ray
 
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "namespace": self._name}
@@ -105,27 +105,28 @@ class Cluster:
         """Serve the model; returns the endpoint that agents use. Answers start with the first proved push."""
         from ray import serve
 
-        from deployments.policy import DEPLOYMENT, Policy
+        from deployments.policy import Policy
 
         port = settings.port or free_port(settings.host)
         environment = QUIET | (CPU_ENGINE if settings.device == "cpu" else {})
         options: dict[str, Any] = {"num_cpus": 1, "runtime_env": {"env_vars": environment}}
         if settings.device == "cuda":
             options["num_gpus"] = 1
+        route = "/" if self.owned else f"/{self._name}"
 
         def deploy() -> Any:
             logging.getLogger("ray.serve").setLevel(logging.ERROR)
             serve.start(http_options={"host": settings.host, "port": port}, logging_config={"log_level": "ERROR"})
-            application = Policy.options(num_replicas=settings.replicas, ray_actor_options=options).bind(
-                str(model), model_name, settings, self.store, self.secret
-            )
-            return serve.run(application, name=DEPLOYMENT, route_prefix="/")
+            application = Policy.options(  # type: ignore[attr-defined]
+                num_replicas=settings.replicas, ray_actor_options=options
+            ).bind(str(model), model_name, settings, self.store, self.secret)
+            return serve.run(application, name=self._name, route_prefix=route)
 
         self._policy = await within(
             asyncio.to_thread(deploy), settings.startup_timeout_seconds, f"the policy deployment on port {port}"
         )
         self._swap_timeout = settings.swap_timeout_seconds
-        return ProxyLLM(endpoint=f"http://{settings.host}:{port}/v1", model=model_name)
+        return ProxyLLM(endpoint=f"{serve_address()}{route.rstrip('/')}/v1", model=model_name)
 
     async def replicas(self, method: str, *arguments: Any) -> list[Any]:
         """Call a control method on every live replica of the policy."""
@@ -141,10 +142,9 @@ class Cluster:
 
     async def connect(self, settings: EngineSettings) -> PolicySwapper:
         """Tie the trainer ranks to the policy's replicas."""
-        await self.trainers.call("attach_policy", self._policy, settings.transfer, settings.swap_timeout_seconds, timeout=60.0)
-        return PolicySwapper(
-            self.replicas, self.trainers, settings.logprob_tolerance, settings.swap_timeout_seconds
-        )
+        deadline = settings.swap_timeout_seconds
+        await self.trainers.call("attach_policy", self._policy, settings.transfer, deadline, timeout=60.0)
+        return PolicySwapper(self.replicas, self.trainers, settings.logprob_tolerance, deadline)
 
     def start_runners(self, agent: LitAgent[Any], count: int, concurrency: int) -> None:
         """The runners; they lease whatever is queued from now on."""
@@ -152,7 +152,8 @@ class Cluster:
 
         for index in range(count):
             name = f"runner-{index}"
-            runner = RunnerActor.options(name=f"{self._name}-{name}").remote(name)
+            actor: Any = RunnerActor
+            runner = actor.options(name=f"{self._name}-{name}").remote(name)
             self.runners.append(runner)
             running = runner.run.remote(agent, self.store, self.secret, concurrency)
             self._background.append(asyncio.create_task(self._watch(name, running)))
@@ -178,7 +179,10 @@ class Cluster:
             pass
         for task in self._background:
             task.cancel()
+        from ray.serve.context import _set_global_client
+
         await asyncio.to_thread(ray.shutdown)
+        _set_global_client(None)  # or the next run of this process would ask the controller of this Ray
         end_processes(grown)
         if self._temp is not None:
             shutil.rmtree(self._temp, ignore_errors=True)
@@ -197,7 +201,7 @@ class Cluster:
         if self._policy is not None and not self.owned:
             from ray import serve
 
-            await asyncio.to_thread(serve.delete, self._policy.app_name)
+            await asyncio.to_thread(serve.delete, self._name)
 
 
 async def together(*work: Any) -> list[Any]:
@@ -220,6 +224,14 @@ async def within(work: Any, seconds: float, what: str) -> Any:
             f"{what} did not come up within {seconds:.0f} s; see the logs in Ray's session folder, "
             "or allow more by engine.startup_timeout_seconds"
         ) from None
+
+
+def serve_address() -> str:
+    """Where Serve's HTTP proxy listens: ours, or that of the cluster we joined, whose options came first."""
+    from ray.serve.context import _get_global_client
+
+    http = _get_global_client().http_config
+    return f"http://{http.host}:{http.port}"
 
 
 def check_packages() -> None:
@@ -261,13 +273,6 @@ def check_memory(settings: EngineSettings, ranks: int) -> None:
             f"{ranks} trainer rank(s), {free / 2**30:.1f} GB are available; close other programs, or use ranks=1 and a "
             "smaller engine.kv_cache_memory_mb"
         )
-
-
-def free_port(host: str) -> int:
-    """A TCP port that is free now."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
 
 
 def short_temp() -> str:

@@ -47,21 +47,38 @@ def build(cls: type[S], values: dict[str, Any], where: str) -> S:
 
 
 def explain(error: ValidationError, cls: type[BaseModel], where: str) -> str:
-    """One line for each problem pydantic found."""
-    return "\n".join(_explain_one(problem, cls, where) for problem in error.errors())
+    """One line for each setting that pydantic found at fault; what it misses in each kind of a union in one."""
+    lines: dict[str, list[str]] = {}
+    for problem in error.errors():
+        path = _path(problem, cls)
+        complaint = _complaint(problem, cls, path)
+        lines.setdefault(_subject(problem, ".".join([where, *path] if where else path)), []).append(complaint)
+    return "\n".join(subject + " or ".join(complaints) for subject, complaints in lines.items())
 
 
-def _explain_one(problem: Any, cls: type[BaseModel], where: str) -> str:
-    path = [str(part) for part in problem["loc"]]
-    key = ".".join([where, *path]) if where else ".".join(path)
+def _path(problem: Any, cls: type[BaseModel]) -> list[str]:
+    """The keys that lead to the problem, without pydantic's names for the kinds of a union."""
+    path: list[str] = []
+    for part in problem["loc"]:
+        if not isinstance(part, int) and part not in _fields_at(cls, path) and problem["type"] != "extra_forbidden":
+            break
+        path.append(str(part))
+    return path
+
+
+def _subject(problem: Any, key: str) -> str:
+    return f"{key} " if problem["type"] == "missing" else f"{key}={problem['input']!r}: "
+
+
+def _complaint(problem: Any, cls: type[BaseModel], path: list[str]) -> str:
     if problem["type"] == "extra_forbidden":
         known = list(_fields_at(cls, path[:-1]))
         close = difflib.get_close_matches(path[-1], known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(sorted(known))}"
-        return f"{key}={problem['input']!r}: there is no such setting; {hint}"
+        return f"there is no such setting; {hint}"
     if problem["type"] == "missing":
-        return f"{key} is required"
-    return f"{key}={problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+        return "is required"
+    return f"{problem['msg'][0].lower()}{problem['msg'][1:]}"
 
 
 def _fields_at(cls: type[BaseModel], path: list[str]) -> dict[str, Any]:

@@ -23,8 +23,9 @@ class Epochs:
     def take(self, start: int, count: int) -> list[Any]:
         """The tasks at positions ``start`` to ``start + count`` of the sequence."""
         size = len(self.dataset)
-        return [self._at(position // size, position % size) for position in range(start, start + count)]
+        positions = range(start, start + count)
+        orders = {epoch: self._order(epoch) for epoch in {position // size for position in positions}}
+        return [self.dataset[int(orders[position // size][position % size])] for position in positions]
 
-    def _at(self, epoch: int, offset: int) -> Any:
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
-        return self.dataset[int(order[offset])]
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))

@@ -1,4 +1,4 @@
-"""What an agent says about itself: rewards and annotations, one call each, named and shaped as in Agent Lightning 0.3."""
+"""What an agent says about itself: rewards and annotations, one call each, as in Agent Lightning 0.3."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from lightning_ray.semconv import AGL_ANNOTATION, AGL_EXCEPTION, REWARD
 from lightning_ray.tracing import active_trace
 
 
-def reward_attributes(
-    reward: float | Mapping[str, float], primary_key: str | None = None
-) -> dict[str, str | float]:
+def reward_attributes(reward: float | Mapping[str, float], primary_key: str | None = None) -> dict[str, str | float]:
     """The span attributes of a reward; index 0 is the primary dimension.
 
     Raises TypeError for a value that is no number, ValueError when several dimensions have no known primary.

@@ -11,7 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
+
+from pydantic import BaseModel
 
 from lightning_ray.algorithms.base import Algorithm
 from lightning_ray.config import build
@@ -25,6 +28,7 @@ class Launch:
     """What the command line asked for. ``settings`` maps dotted keys (``algorithm.steps``) to values."""
 
     name: str | None = None
+    runs_dir: Path | None = None
     resume: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
     _used: set[str] = field(default_factory=set)
@@ -45,7 +49,7 @@ class Launch:
             return default
         self._used.add(key)
         value = self.settings[key]
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ConfigError(f"{key}={value!r}: give a whole number of at least 1")
         return value
 
@@ -61,6 +65,10 @@ def put(values: dict[str, Any], path: list[str], value: Any) -> None:
     """Set a nested value; settings on the way become plain dicts."""
     for part in path[:-1]:
         inner = values.get(part, {})
+        if not isinstance(inner, (dict, BaseModel)):
+            raise ConfigError(
+                f"algorithm.{'.'.join(path)}={value!r}: {part!r} is a {type(inner).__name__} and has no settings"
+            )
         values[part] = dict(inner) if isinstance(inner, dict) else inner.model_dump()
         values = values[part]
     values[path[-1]] = value

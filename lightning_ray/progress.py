@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -41,7 +42,8 @@ class Reporter:
 
     def note(self, text: str) -> None:
         """One line, above the bar if there is one."""
-        (self._bar.console if self._bar else self.console).print(text, highlight=False)
+        console = self._bar.console if self._bar else self.console
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def start_steps(self, done: int, total: int) -> None:
         """Open the bar of the training steps."""
@@ -61,7 +63,9 @@ class Reporter:
             self._bar.update(self._task, completed=done, line=line)
             return
         left = (time.perf_counter() - self._began) / max(1, done - self._steps[0]) * (self._steps[1] - done)
-        self.console.print(f"step {done}/{self._steps[1]}  {line}  left {short_seconds(left)}", highlight=False)
+        self.console.print(
+            f"step {done}/{self._steps[1]}  {line}  left {short_seconds(left)}", highlight=False, soft_wrap=True
+        )
 
     def end_steps(self) -> None:
         """Close the bar."""
@@ -79,7 +83,7 @@ class Reporter:
         for index, column in enumerate(columns):
             table.add_column(column, justify="left" if index == 0 else "right")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(escape, row))
         self.console.print(table)
 
 

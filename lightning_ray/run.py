@@ -116,9 +116,7 @@ class Run:
         with self.reporter.stage("engine and trainer up"):
             endpoint, _ = await together(
                 self.cluster.start_policy(model, settings.model_name, settings.engine),
-                self.cluster.start_trainers(
-                    settings.update_settings(model), settings.ranks, settings.engine.transfer
-                ),
+                self.cluster.start_trainers(settings.update_settings(model), settings.ranks, settings.engine.transfer),
             )
         for name, sampling in RESOURCES.items():
             resource = endpoint.model_copy(update={"sampling_parameters": sampling})
@@ -139,17 +137,16 @@ class Run:
             self.state.seconds_to_first_step = self.elapsed()
 
     async def _model(self, settings: GRPO) -> Path:
+        """The initial model; after a resume too, as old checkpoints go and a restarting replica loads it again."""
         if self._resume:
             self.state = RunState(**self.folder.read_state())
             self.folder.truncate_metrics(self.state.step)
-            latest = self.folder.latest_checkpoint()
-            assert latest is not None
-            return latest
         if not callable(settings.model):
             return Path(settings.model)
         folder = self.folder.path / "model"
-        with self.reporter.stage("warm start") as stage, as_current(stage):
-            await asyncio.to_thread(settings.model, folder)
+        if not self._resume:
+            with self.reporter.stage("warm start") as stage, as_current(stage):
+                await asyncio.to_thread(settings.model, folder)
         return folder
 
     async def _cancel_leftovers(self) -> None:
@@ -213,7 +210,7 @@ class Run:
             rollouts = await self.store.query_rollouts(rollout_id_in=ids)
             states = dict(Counter(r.status for r in rollouts if r.status not in TERMINAL_ROLLOUT))
             raise InfrastructureError(
-                f"{len(ids) - len(ended)} of {len(ids)} rollouts did not end within {deadline:.0f} s (by state: {states}); "
+                f"{len(ids) - len(ended)} of {len(ids)} rollouts did not end within {deadline:.0f} s, by state: {states}; "
                 "the runners may be stuck: look at them in the Ray dashboard"
             )
         ended = await self.store.query_rollouts(rollout_id_in=ids)

@@ -1,9 +1,9 @@
 """A run's folder: what was asked, what happened, what came out. It explains itself.
 
-    config.json      the resolved settings            metrics.jsonl    one line for each step and validation
-    tensorboard/     the same as curves               reward.png       the curve to look at first
-    checkpoints/     step-000030/ in Hugging Face format, with the state of the training; ``latest`` names the last
-    store/           every span and rollout           summary.json     the figures at the end
+config.json      the resolved settings            metrics.jsonl    one line for each step and validation
+tensorboard/     the same as curves               reward.png       the curve to look at first
+checkpoints/     step-000030/ in Hugging Face format, with the state of the training; ``latest`` names the last
+store/           every span and rollout           summary.json     the figures at the end
 """
 
 from __future__ import annotations
@@ -50,9 +50,7 @@ class RunFolder:
         """
         if resume:
             if self.latest_checkpoint() is None:
-                raise ConfigError(
-                    f"--resume: {self.path} has no finished checkpoint; start the run without --resume"
-                )
+                raise ConfigError(f"--resume: {self.path} has no finished checkpoint; start the run without --resume")
         elif self.path.exists():
             stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(self.path.stat().st_mtime))
             kept = self.path.with_name(f"{self.path.name}-{stamp}")
@@ -99,11 +97,14 @@ class RunFolder:
         return state
 
     def truncate_metrics(self, step: int) -> None:
-        """Forget metrics of steps that will be made again after a resume."""
+        """Forget metrics of what will be made again after a resume at ``step``.
+
+        A training row has the step's number from 0, a validation row the number of steps before it.
+        """
         file = self.path / "metrics.jsonl"
         if file.exists():
             rows = [json.loads(line) for line in file.read_text().splitlines()]
-            kept = [row for row in rows if row["step"] < step]
+            kept = [row for row in rows if row["step"] < step + (row["kind"] != "train")]
             file.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
     def append_metrics(self, row: dict[str, Any]) -> None:
@@ -113,11 +114,11 @@ class RunFolder:
         if self._board is None:
             from tensorboardX import SummaryWriter
 
-            self._board = SummaryWriter(str(self.path / "tensorboard"))
+            # A thread of the writer's writes the file; its flush() does not wait for what is still queued.
+            self._board = SummaryWriter(str(self.path / "tensorboard"), flush_secs=1)
         for name, value in row.items():
             if isinstance(value, (int, float)) and not isinstance(value, bool) and name != "step":
                 self._board.add_scalar(f"{row['kind']}/{name}", value, row["step"])
-        self._board.flush()
 
     def metrics(self) -> list[dict[str, Any]]:
         """All lines of metrics.jsonl."""

@@ -8,15 +8,18 @@ the attempt ends with a status and its spans in one durable write. A rollout tha
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import contextvars
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from lightning_ray.agent import LitAgent
 from lightning_ray.capture.keys import Claims, issue_key
 from lightning_ray.emit import emit_exception, emit_reward
-from lightning_ray.errors import AgentError
+from lightning_ray.errors import AgentError, StoreError
 from lightning_ray.store.client import Store
 from lightning_ray.store.schema import spans_to_batch
 from lightning_ray.tracing import AttemptTrace, traced
@@ -26,6 +29,8 @@ LEASE_WAIT_SECONDS = 5.0
 HEARTBEAT_SECONDS = 2.0
 KEY_SECONDS = 6 * 3600.0
 """Life of an attempt's key when its rollout has no timeout."""
+SPARE_THREADS = 256
+"""Threads beyond ``concurrency`` for agents that are not async: one given up keeps its thread until it returns."""
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +45,7 @@ class Runner:
         self._secret = secret
         self._free = asyncio.Semaphore(concurrency)
         self._concurrency = concurrency
+        self._threads = ThreadPoolExecutor(concurrency + SPARE_THREADS, thread_name_prefix=worker_id)
         self._playing: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._resources: dict[str, NamedResources] = {}
 
@@ -60,15 +66,19 @@ class Runner:
             for task in list(self._playing.values()):
                 task.cancel()
             await asyncio.gather(*self._playing.values(), return_exceptions=True)
+            self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _start(self, rollout: AttemptedRollout) -> None:
         key = (rollout.rollout_id, rollout.attempt.attempt_id)
         task = asyncio.create_task(self._play(rollout))
         self._playing[key] = task
 
-        def ended(_: asyncio.Task[None]) -> None:
+        def ended(task: asyncio.Task[None]) -> None:
             del self._playing[key]
             self._free.release()
+            if not task.cancelled() and (error := task.exception()) is not None:
+                # The store takes the attempt back when its lease ends.
+                logger.error("the end of attempt %s could not be reported", key[1], exc_info=error)
 
         task.add_done_callback(ended)
 
@@ -93,13 +103,15 @@ class Runner:
                 result = await self._call(rollout, resources)
                 if result is not None:
                     self._emit_result(result)
-            except Exception as error:
+                spans = spans_to_batch(trace.spans)
+            except (Exception, SystemExit, asyncio.CancelledError) as error:
+                if isinstance(error, asyncio.CancelledError) and being_cancelled():
+                    raise
                 status = "failed"
                 metadata = {"reason": f"{type(error).__name__}: {error}", **infrastructure(error)}
                 emit_exception(error)
-        await self._store.finish_attempt(
-            rollout.rollout_id, rollout.attempt.attempt_id, status, spans_to_batch(trace.spans), metadata
-        )
+                spans = spans_to_batch(storable(trace.spans))
+        await self._store.finish_attempt(rollout.rollout_id, rollout.attempt.attempt_id, status, spans, metadata)
 
     def _emit_result(self, result: Any) -> None:
         try:
@@ -115,7 +127,9 @@ class Runner:
         arguments = (rollout.input, resources, rollout)
         if self._agent.is_async():
             return await getattr(self._agent, f"{kind}_async")(*arguments)
-        return await asyncio.to_thread(getattr(self._agent, kind), *arguments)
+        context = contextvars.copy_context()
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, context.run, getattr(self._agent, kind), *arguments)
 
     async def _resources_of(self, rollout: AttemptedRollout) -> NamedResources:
         """The rollout's resources, each captured endpoint with this attempt's own key."""
@@ -136,6 +150,22 @@ class Runner:
     def _own(self, llm: ProxyLLM, rollout: AttemptedRollout, expires: float) -> ProxyLLM:
         claims = Claims(rollout.rollout_id, rollout.attempt.attempt_id, expires, llm.sampling_parameters)
         return llm.model_copy(update={"api_key": issue_key(self._secret, claims)})
+
+
+def being_cancelled() -> bool:
+    """Whether the runner cancels this task; otherwise a CancelledError comes from inside the agent."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def storable(spans: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The spans without those whose attributes cannot be stored."""
+    kept = []
+    for span in spans:
+        with contextlib.suppress(StoreError):
+            spans_to_batch([span])
+            kept.append(span)
+    return kept
 
 
 def infrastructure(error: BaseException) -> Mapping[str, bool]:

@@ -50,7 +50,7 @@ class Trainer:
         self.algorithm = launch.apply(algorithm)
         self.n_runners = launch.setting("n_runners", n_runners)
         self.concurrency = launch.setting("concurrency", concurrency)
-        self.folder = (Path(runs_dir) / (launch.name or name)).absolute()
+        self.folder = (Path(launch.runs_dir or runs_dir) / (launch.name or name)).absolute()
         self.address = address
         self.resume = launch.resume
         launch.refuse_leftovers()

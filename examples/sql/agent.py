@@ -29,9 +29,7 @@ async def sql_agent(task: dict[str, Any], llm: lr.LLM) -> float:
     query, failed = None, False
     with closing(open_database(task)) as database:
         for _ in range(MAX_TURNS):
-            answer = await client.chat.completions.create(
-                model=llm.model, messages=messages, max_tokens=MAX_TOKENS
-            )
+            answer = await client.chat.completions.create(model=llm.model, messages=messages, max_tokens=MAX_TOKENS)
             text = answer.choices[0].message.content or ""
             done = text.strip() == DONE
             rows, result = (None, "") if done else run_query(database, text, hint=task.get("hint", True))

@@ -36,9 +36,7 @@ def vocabulary() -> list[str]:
         *COMPARISONS,
         *COMPARISONS.values(),
     ]
-    fixed = (
-        f"<unk> {END} {START} system user assistant {_QUESTION_WORDS} {_SQL_WORDS} {_ANSWER_WORDS}".split()
-    )
+    fixed = f"<unk> {END} {START} system user assistant {_QUESTION_WORDS} {_SQL_WORDS} {_ANSWER_WORDS}".split()
     return list(dict.fromkeys([*fixed, *names, *words, *map(str, range(LARGEST_NUMBER + 1))]))
 
 

@@ -18,15 +18,11 @@ from lightning_ray import progress
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--seed", type=int, default=0, help="of databases, model and training")
     arguments.add_argument("--no-hint", action="store_true", help="answer errors without the columns' names")
     given = arguments.parse_args()
-    train, val, test = (
-        [task | {"hint": not given.no_hint} for task in tasks] for tasks in make_tasks(given.seed)
-    )
+    train, val, test = ([task | {"hint": not given.no_hint} for task in tasks] for tasks in make_tasks(given.seed))
 
     def make_model(folder: Path) -> None:
         from examples.sql.warm_start import warm_start

@@ -47,9 +47,7 @@ def warm_start(
         _train(model, _batches(tokenizer, tasks, rng, steps, batch, hint), steps, lr, on_progress)
         if not hint or wrong_name_share(model, tokenizer, tasks) <= WRONG_NAMES:
             return save_policy(model, tokenizer, folder)
-    raise RuntimeError(
-        f"{ATTEMPTS} warm starts do not copy the columns they are told; raise steps, now {steps}"
-    )
+    raise RuntimeError(f"{ATTEMPTS} warm starts do not copy the columns they are told; raise steps, now {steps}")
 
 
 def wrong_name_share(model: Any, tokenizer: Any, tasks: list[Task]) -> float:
@@ -120,16 +118,12 @@ def _encode(tokenizer: Any, talk: Conversation) -> tuple[list[int], list[int]]:
     return ids, labels
 
 
-def _train(
-    model: Any, batches: Iterator[tuple[Any, Any]], steps: int, lr: float, report: Progress | None
-) -> None:
+def _train(model: Any, batches: Iterator[tuple[Any, Any]], steps: int, lr: float, report: Progress | None) -> None:
     import torch
     from torch.nn.functional import cross_entropy
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / RAMP_STEPS, 1 - step / steps)
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / RAMP_STEPS, 1 - step / steps))
     for step, (ids, labels) in enumerate(batches, start=1):
         targets = labels[:, 1:]
         spoken = targets != IGNORED

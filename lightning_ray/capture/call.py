@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,29 +40,39 @@ class CapturedRequest:
     started: float = field(default_factory=time.time)
     first_token: float | None = None
     sequences: list[SampledSequence] = field(default_factory=list)
-    running: int = 0
+    """What was sampled by calls of the engine that have ended."""
+    running: dict[str, Callable[[], None]] = field(default_factory=dict)
+    """Calls of the engine at work, each with what moves its sequences to ``sequences`` and itself out of here."""
+    taken: int = 0
+    """Sequences that ``take_spans`` has handed out."""
+    trace_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     sampling_used: dict[str, Any] = field(default_factory=dict)
 
     @property
     def complete(self) -> bool:
         """Whether the engine has ended every sequence of this request."""
-        return bool(self.sequences) and self.running == 0
+        return bool(self.sequences) and not self.running
 
-    def spans(self) -> list[dict[str, Any]]:
-        """One row of the span schema for each sampled sequence."""
+    def settle(self) -> None:
+        """Take over what calls that were left in the middle have sampled so far."""
+        for take_over in list(self.running.values()):
+            take_over()
+
+    def take_spans(self) -> list[dict[str, Any]]:
+        """One row of the span schema for each sampled sequence that was not handed out before."""
+        first, self.taken = self.taken, len(self.sequences)
         ended = time.time()
         attributes = {
             "request": self.body,
             "sampling": self.sampling_used,
             "queue_and_prefill_seconds": None if self.first_token is None else self.first_token - self.started,
         }
-        trace_id = uuid.uuid4().hex
         return [
             {
                 "rollout_id": self.rollout_id,
                 "attempt_id": self.attempt_id,
                 "sequence_id": index,
-                "trace_id": trace_id,
+                "trace_id": self.trace_id,
                 "span_id": uuid.uuid4().hex[:16],
                 "parent_id": None,
                 "name": MODEL_CALL_NAMES[self.api],
@@ -77,7 +88,7 @@ class CapturedRequest:
                 "finish_reason": sequence.finish_reason,
                 "attributes": attributes,
             }
-            for index, sequence in enumerate(self.sequences)
+            for index, sequence in enumerate(self.sequences[first:], first)
         ]
 
 

@@ -2,7 +2,8 @@
 
 ``/rollout/{rollout_id}/attempt/{attempt_id}/v1/...`` is opened by that attempt's key alone and reaches the app as
 ``/v1/...``. Invariant: a client that was answered in full finds its call in the span store, because the rows are
-appended (durably) before the first byte that follows the end of sampling is released. What the tokens were is the engine half's business.
+appended (durably) before the first byte that follows the end of sampling is released. What the tokens were is the
+engine half's business.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 from lightning_ray.capture.call import CapturedRequest, current_request
 from lightning_ray.capture.keys import KeyRefused, open_key
+from lightning_ray.errors import StoreError
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -30,6 +32,9 @@ APIS = {
     "/v1/responses": "responses",
     "/v1/messages": "messages",
 }
+"""Captured routes."""
+PASSED = ("/v1/models", "/v1/messages/count_tokens")
+"""Routes that sample nothing. All others are closed, so that nothing is sampled that is not captured."""
 MAX_BODY_BYTES = 32 * 2**20
 
 logger = logging.getLogger(__name__)
@@ -46,17 +51,22 @@ class CaptureEdge:
         """Waits until the replica may serve; gives the reason if it does not become ready in time."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008, "reason": "use HTTP"})
+            return
+        given = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        if scope["type"] != "http" or given == "/health":
             await self.app(scope, receive, send)
             return
-        if scope["path"] == "/health":
-            await self.app(scope, receive, send)
-            return
-        route = ROUTE.match(scope["path"])
+        route = ROUTE.match(given)
         if route is None:
-            await refuse(send, 404, f"no route {scope['path']}; use /rollout/ID/attempt/ID/v1/...")
+            await refuse(send, 404, f"no route {given}; use /rollout/ID/attempt/ID/v1/...")
             return
         rollout_id, attempt_id, path = route.groups()
+        api = APIS.get(path)
+        if api is None and path not in PASSED:
+            await refuse(send, 404, f"{path} is not captured; use one of {', '.join((*APIS, *PASSED))}")
+            return
         try:
             claims = open_key(self.secret, bearer(scope))
             if (claims.rollout_id, claims.attempt_id) != (rollout_id, attempt_id):
@@ -68,7 +78,6 @@ class CaptureEdge:
             await refuse(send, 503, reason)
             return
         inner = {**scope, "path": path, "raw_path": path.encode(), "root_path": ""}
-        api = APIS.get(path)
         if api is None:
             await self.app(inner, receive, send)
             return
@@ -97,26 +106,57 @@ class CaptureEdge:
             await refuse(send, 400, f"the request body must be a JSON object, not {type(body).__name__}")
             return
         request = CapturedRequest(rollout_id, attempt_id, api, body, sampling)
-        stored = False
-
-        async def store_once() -> None:
-            nonlocal stored
-            if not stored and request.sequences:
-                stored = True
-                await self.append(request.spans())
-
-        async def released(message: Message) -> None:
-            if request.complete:
-                await store_once()
-            await send(message)
-
+        answer = Answer(request, self.append, send)
         token = current_request.set(request)
         try:
-            await self.app(scope, replay(raw, receive), released)
+            await self.app(scope, replay(raw, receive), answer.release)
         finally:
             current_request.reset(token)
-            # A client that hung up leaves what was sampled until then.
-            await store_once()
+            await answer.end()
+
+
+class Answer:
+    """Lets an answer go out, its call stored first; a call that cannot be stored is answered with an error."""
+
+    def __init__(self, request: CapturedRequest, append: Append, send: Send):
+        self._request = request
+        self._append = append
+        self._send = send
+        self._rows: list[dict[str, Any]] = []
+        """Rows that are not known to be durable; resending one stores it once, by its span id."""
+        self._began = False
+        self._refused = False
+
+    async def release(self, message: Message) -> None:
+        """Send a message of the app's."""
+        if self._refused:
+            return
+        if self._request.complete:
+            try:
+                await self._store()
+            except Exception as error:
+                logger.exception("a call of attempt %s could not be stored", self._request.attempt_id)
+                self._refused = True
+                if self._began:
+                    raise
+                # 503 says that the infrastructure failed; the agent is not to blame for that.
+                status = 400 if isinstance(error, StoreError) else 503
+                await refuse(self._send, status, f"the call could not be stored: {error}")
+                return
+        self._began = True
+        await self._send(message)
+
+    async def end(self) -> None:
+        """The app is done, or the client hung up: then what was sampled until now is stored."""
+        self._request.settle()
+        if not self._refused:
+            await self._store()
+
+    async def _store(self) -> None:
+        self._rows += self._request.take_spans()
+        if self._rows:
+            await self._append(self._rows)
+            self._rows = []
 
 
 def bearer(scope: Scope) -> str:

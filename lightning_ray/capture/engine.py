@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import itertools
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_ray.capture.call import CapturedRequest, SampledSequence, current_request
@@ -22,17 +25,37 @@ PROOF_DEADLINE = 120.0
 """Seconds that a running call waits for the proof of a swap."""
 
 
+@dataclass
+class RunningCall:
+    """One call of the engine at work."""
+
+    counts: Counter[int] = field(default_factory=Counter)
+    """Tokens sampled so far, by index of the sequence, whether they have been asked for yet or not."""
+    boundaries: list[tuple[Counter[int], int]] = field(default_factory=list)
+    """At each swap: the counts, and the version until then."""
+
+    def versions_of(self, index: int, count: int, last: int) -> list[int]:
+        """The version of each of the first ``count`` tokens of a sequence; ``last`` is the present one."""
+        return versions(count, [(counts[index], version) for counts, version in self.boundaries], last)
+
+
 class CapturedEngine:
-    """Installs itself as ``engine.generate`` and keeps the weight version of every running call."""
+    """Installs itself as ``engine.generate`` and keeps the weight version of every running call.
+
+    It also stands in for the output processor's ``process_outputs``, the one place that sees every token
+    before the next swap: outputs are asked for later, and for n > 1 only when all n have ended.
+    """
 
     def __init__(self, engine: Any, version: int = 0):
         self.engine = engine
         self.version = version
         self.proved = asyncio.Event()
         self._generate = engine.generate
-        self._running: dict[str, list[tuple[dict[int, int], int]]] = {}
-        """For each running request: at each swap, the tokens that each of its sequences had, and their version."""
+        self._process_outputs = engine.output_processor.process_outputs
+        self._running: dict[str, RunningCall] = {}
+        self._serial = itertools.count()
         engine.generate = self.generate
+        engine.output_processor.process_outputs = self._count_and_process
 
     async def generate(
         self, prompt: Any, sampling_params: Any, request_id: str, **options: Any
@@ -44,9 +67,20 @@ class CapturedEngine:
                 yield output
             return
         sampling_params, hide = prepare(sampling_params, request)
-        boundaries = self._running.setdefault(request_id, [])
+        # Clients may choose request ids, and choose the same one twice.
+        request_id = f"{request_id}-{next(self._serial)}"
+        call = self._running[request_id] = RunningCall()
         sequences: dict[int, SampledSequence] = {}
-        request.running += 1
+
+        def take_over() -> None:
+            if request.running.pop(request_id, None) is None:
+                return
+            del self._running[request_id]
+            for index, sequence in sorted(sequences.items()):
+                sequence.weight_versions = call.versions_of(index, len(sequence.sampled_ids), self.version)
+                request.sequences.append(sequence)
+
+        request.running[request_id] = take_over
         try:
             async for output in self._generate(prompt, sampling_params, request_id, **options):
                 async with asyncio.timeout(PROOF_DEADLINE):
@@ -56,24 +90,21 @@ class CapturedEngine:
                 record(output, sequences, sampling_params, hide)
                 yield output
         finally:
-            del self._running[request_id]
-            for index, sequence in sorted(sequences.items()):
-                sequence.weight_versions = versions(
-                    len(sequence.sampled_ids), [(b.get(index, 0), v) for b, v in boundaries], self.version
-                )
-                request.sequences.append(sequence)
-            request.running -= 1
+            take_over()
+
+    def _count_and_process(self, outputs: list[Any], *arguments: Any, **options: Any) -> Any:
+        states = self.engine.output_processor.request_states
+        for output in outputs:
+            state = states.get(output.request_id)
+            call = None if state is None else self._running.get(state.external_req_id)
+            if call is not None:
+                call.counts[state.request_index] += len(output.new_token_ids)
+        return self._process_outputs(outputs, *arguments, **options)
 
     def mark_swap(self, version: int) -> None:
         """From here on tokens belong to ``version``. Called while the scheduler is paused and its outputs flushed."""
-        processor = self.engine.output_processor
-        for request_id, boundaries in self._running.items():
-            counts: dict[int, int] = {}
-            for internal_id in processor.external_req_ids.get(request_id, ()):
-                state = processor.request_states.get(internal_id)
-                if state is not None and state.detokenizer is not None:
-                    counts[state.request_index] = state.detokenizer.num_output_tokens()
-            boundaries.append((counts, self.version))
+        for call in self._running.values():
+            call.boundaries.append((call.counts.copy(), self.version))
         self.version = version
 
     async def flush(self) -> None:
@@ -94,9 +125,7 @@ class CapturedEngine:
             final = output
         if final is None or final.prompt_logprobs is None:
             raise RuntimeError("the engine gave no prompt logprobs for the canary")
-        return [
-            entry[token].logprob for token, entry in zip(token_ids[1:], final.prompt_logprobs[1:], strict=True)
-        ]
+        return [entry[token].logprob for token, entry in zip(token_ids[1:], final.prompt_logprobs[1:], strict=True)]
 
 
 def prepare(sampling_params: Any, request: CapturedRequest) -> tuple[Any, bool]:
@@ -107,7 +136,7 @@ def prepare(sampling_params: Any, request: CapturedRequest) -> tuple[Any, bool]:
             setattr(params, name, request.sampling[name])
     if request.sampling:
         params.__post_init__()
-    hide = params.logprobs is None
+    hide = params.num_logprobs is None
     if hide:
         params.logprobs = 0
     request.sampling_used = {name: getattr(params, name) for name in (*FORCED, "n", "stop")}

@@ -1,7 +1,8 @@
 """vLLM's weight transfer over gloo: the CPU stands in for NCCL on the very same code path.
 
 Both ends derive from vLLM's NCCL engines and change the transport alone: handshake, four-phase
-update, layerwise reload and metadata checks stay vLLM's. Registered under the name ``gloo``. Every collective has a deadline.
+update, layerwise reload and metadata checks stay vLLM's. Registered under the name ``gloo``. Every collective has a
+deadline.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -64,9 +65,7 @@ class GlooWeightTransferEngine(NCCLWeightTransferEngine):
 
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:  # type: ignore[override]
         """Join the trainer's group."""
-        worker = (
-            self.parallel_config.data_parallel_index * self.parallel_config.world_size + self.parallel_config.rank
-        )
+        worker = self.parallel_config.data_parallel_index * self.parallel_config.world_size + self.parallel_config.rank
         self.model_update_group = GlooGroup(
             init_info.master_address, init_info.master_port, init_info.rank_offset + worker, init_info.world_size
         )
@@ -75,9 +74,7 @@ class GlooWeightTransferEngine(NCCLWeightTransferEngine):
         """Receive every chunk and hand its tensors to the model's own loader."""
         metas = [
             ParamMeta(name, getattr(torch, dtype), tuple(shape))
-            for name, dtype, shape in zip(
-                update_info.names, update_info.dtype_names, update_info.shapes, strict=True
-            )
+            for name, dtype, shape in zip(update_info.names, update_info.dtype_names, update_info.shapes, strict=True)
         ]
         for chunk in chunks(metas):
             sizes = [nbytes(meta) for meta in chunk]
@@ -146,9 +143,7 @@ class GlooTrainerWeightTransferEngine(NCCLTrainerWeightTransferEngine):
             return
         pairs = self._checked_iter(source, meta)
         for chunk in chunks(meta):
-            packed = pack_tensors(
-                (next(pairs) for _ in chunk), lambda item: item[1], buffer_size_bytes=2**62
-            )
+            packed = pack_tensors((next(pairs) for _ in chunk), lambda item: item[1], buffer_size_bytes=2**62)
             assert packed is not None
             self.model_update_group.broadcast(packed.packed_tensor)
         next(pairs, None)  # lets the check see the end of the stream
@@ -190,5 +185,3 @@ def register() -> None:
         WeightTransferEngineFactory.register_engine(BACKEND, GlooWeightTransferEngine)
     if BACKEND not in WeightTransferTrainerFactory._registry:
         WeightTransferTrainerFactory.register_engine(BACKEND, GlooTrainerWeightTransferEngine)
-
-

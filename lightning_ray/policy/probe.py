@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
+
 def direction(size: int, salt: str) -> torch.Tensor:
     """A fixed unit vector of ``size`` positive float32 entries, so that a constant shift shows as well."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{salt}:{size}".encode()))

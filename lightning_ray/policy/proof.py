@@ -42,8 +42,8 @@ def max_difference(expected: Sequence[Sequence[float]], found: Sequence[Sequence
     """Largest absolute difference of two sets of logprobs; infinite when their shapes differ or one is NaN."""
     if [len(row) for row in expected] != [len(row) for row in found]:
         return float("inf")
-    diffs = [float(np.max(np.abs(np.asarray(a) - np.asarray(b)))) for a, b in zip(expected, found, strict=True)]
-    worst = max(diffs, default=float("inf"))
+    a, b = (np.array([value for row in rows for value in row], np.float64) for rows in (expected, found))
+    worst = float(np.max(np.abs(a - b), initial=0.0)) if len(a) else float("inf")
     return worst if np.isfinite(worst) else float("inf")
 
 
@@ -68,7 +68,8 @@ def differing_kinds(trainer: Mapping[str, float], engine: Mapping[str, float]) -
     tied = "lm_head.weight" not in trainer
     for name, probe in engine.items():
         expected = trainer.get("model.embed_tokens.weight" if tied and name == "lm_head.weight" else name)
-        if expected is None or abs(probe - expected) > PROBE_TOLERANCE * max(abs(expected), 1e-2):
+        # Written so that a NaN differs.
+        if expected is None or not abs(probe - expected) <= PROBE_TOLERANCE * max(abs(expected), 1e-2):
             kind = re.sub(r"\.\d+\.", ".*.", name)
             if tied and name == "lm_head.weight":
                 kind += " (tied to model.embed_tokens.weight)"

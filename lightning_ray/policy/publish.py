@@ -6,12 +6,13 @@ word to give: that is the proof's.
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
+
+from lightning_ray.net import free_port
 
 Broadcast = Callable[..., list[Any]]
 """Calls a control method, with its arguments, on every replica and returns their answers; raises past its deadline."""
@@ -119,10 +120,3 @@ def _source(weights: Weights, metas: list[tuple[str, torch.dtype, tuple[int, ...
             return weights.named_weights()
 
     return UpdaterSource()
-
-
-def free_port(address: str) -> int:
-    """A TCP port that is free on ``address`` now."""
-    with socket.socket() as probe:
-        probe.bind((address, 0))
-        return int(probe.getsockname()[1])

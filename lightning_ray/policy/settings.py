@@ -12,13 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lightning_ray.errors import LightningRayError
 
-AdvantageName = Literal[
-    "grpo", "rloo", "opo", "gpg", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "reward"
-]
+AdvantageName = Literal["grpo", "rloo", "opo", "gpg", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "reward"]
 LossName = Literal["vanilla", "gspo", "cispo", "sapo", "gpg", "dppo_tv", "dppo_kl"]
-Aggregation = Literal[
-    "token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"
-]
+Aggregation = Literal["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 
 
 class DivergedError(LightningRayError):

@@ -131,4 +131,3 @@ class PolicySwapper:
             if answer["replica_id"] == replica_id:
                 return differing_kinds(trainer, answer["probes"])
         return {}
-

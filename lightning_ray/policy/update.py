@@ -134,9 +134,7 @@ class PolicyUpdater:
 
     def _step(self, minibatch: Minibatch, gap: LogprobGap | None) -> dict[str, float]:
         """One optimizer step; ranks exchange gradients at their last micro batch."""
-        loss_function = self._algos.minibatch_loss(
-            self.settings, minibatch.tokens, minibatch.rows, self.world_size
-        )
+        loss_function = self._algos.minibatch_loss(self.settings, minibatch.tokens, minibatch.rows, self.world_size)
         self._engine.optimizer_zero_grad()
         sums = np.zeros(len(MEASURED))
         for index, micro in enumerate(minibatch.micro_batches):

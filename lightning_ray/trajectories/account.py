@@ -64,12 +64,20 @@ def settle(episodes: Sequence[Episode], group_of: dict[str, str], max_tokens: in
     return account
 
 
+FAILURES = {
+    "infrastructure": "infrastructure_failure",
+    "timeout": "timed_out",
+    "unresponsive": "unresponsive",
+}
+"""Reasons by the kind of failure that the store tells; any other failure is the agent's own."""
+
+
 def _unusable(episode: Episode, max_tokens: int | None) -> str | None:
-    metadata = episode.rollout.metadata or {}
+    if episode.rollout.status == "cancelled":
+        return "cancelled"
     if episode.rollout.status != "succeeded":
-        if metadata.get("infrastructure"):
-            return "infrastructure_failure"
-        return "cancelled" if episode.rollout.status == "cancelled" else "agent_failed"
+        failure = (episode.rollout.metadata or {}).get("failure") or {}
+        return FAILURES.get(str(failure.get("kind")), "agent_failed")
     if not episode.calls:
         return "no_model_call"
     if not episode.sampled_tokens:

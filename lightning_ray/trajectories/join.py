@@ -38,9 +38,11 @@ class Trajectory:
     @classmethod
     def of(cls, call: ModelCall) -> Trajectory:
         """A trajectory of one call."""
-        empty = cls(*(np.empty(0, dtype) for dtype in (np.int32, np.int8, np.float32, np.int32)), calls=0)
-        empty.extend(call)
-        return empty
+        started = cls(
+            np.empty(0, np.int32), np.empty(0, np.int8), np.empty(0, np.float32), np.empty(0, np.int32), calls=0
+        )
+        started.extend(call)
+        return started
 
     def extend(self, call: ModelCall) -> None:
         """Append a call whose prompt starts with ``token_ids``."""

@@ -116,7 +116,7 @@ def test_it_learns_although_interrupted_in_the_middle(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("agent", "expected"),
-    [("raises", "KeyError: \"the agent's own defect\""), ("returns_text", "returned str 'a string'; return a number")],
+    [("raises", 'KeyError: "the agent\'s own defect"'), ("returns_text", "returned str 'a string'; return a number")],
 )
 def test_a_broken_agent_stops_the_run_with_its_reason(tmp_path: Path, agent: str, expected: str) -> None:
     process = start(tmp_path, "--set", "algorithm.ranks=1", "--", agent)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -103,9 +102,7 @@ async def test_the_trainer_agrees_with_the_engine_on_every_token(
     assert await worst_gap(run, played[0]) < TOLERANCE
 
 
-async def test_the_batch_holds_what_the_engine_returned(
-    run: Run, played: tuple[list[Episode], dict[str, str]]
-) -> None:
+async def test_the_batch_holds_what_the_engine_returned(run: Run, played: tuple[list[Episode], dict[str, str]]) -> None:
     episodes, group_of = played
     account = settle(episodes, group_of)
     assert len(account.trained) + len(account.dropped) == len(episodes) and account.trained
@@ -117,9 +114,7 @@ async def test_the_batch_holds_what_the_engine_returned(
         assert set(np.asarray(row["weight_versions"])[np.asarray(row["mask"]) == 1]) == {0}
 
 
-async def test_an_update_and_a_swap_reach_every_replica(
-    run: Run, played: tuple[list[Episode], dict[str, str]]
-) -> None:
+async def test_an_update_and_a_swap_reach_every_replica(run: Run, played: tuple[list[Episode], dict[str, str]]) -> None:
     episodes, group_of = played
     figures = await run.update(batch_of(settle(episodes, group_of).trained, group_of))
     assert figures["max_logprob_diff"] < TOLERANCE
@@ -137,11 +132,10 @@ async def test_requests_in_flight_survive_a_swap_with_the_version_of_each_token(
     weights = {before: await snapshot(run)}
     long = [{"question": f"w{i % 12}", "length": 45} for i in range(24)]
     playing = asyncio.create_task(run.play_groups(long, 2, sampled=True))
-    group = None
+    beside, group = await run.play_groups(TASKS[:2], 4, sampled=True)
     for version in (before + 1, before + 2, before + 3):
         await asyncio.sleep(0.3)
-        episodes, group = await run.play_groups(TASKS[:2], 4, sampled=True) if group is None else (episodes, group)
-        await run.update(batch_of(settle(episodes, group).trained, group))
+        await run.update(batch_of(settle(beside, group).trained, group))
         await run.publish(version)
         weights[version] = await snapshot(run)
     episodes, _ = await playing
@@ -195,7 +189,7 @@ async def test_an_attempts_key_opens_its_own_route_alone(run: Run) -> None:
     root = resources.resources["main_llm"].endpoint.removesuffix("/v1")  # type: ignore[union-attr]
     good = issue_key(run.cluster.secret, Claims("ro-1", "at-1", time.time() + 60))
     stale = issue_key(run.cluster.secret, Claims("ro-1", "at-1", time.time() - 1))
-    cases = [(good, "at-2", "belongs to attempt"), (stale, "at-1", "expired"), ("sk-guess", "at-1", "not a lightning-ray")]
+    cases = [(good, "at-2", "belongs to attempt"), (stale, "at-1", "expired"), ("sk-guess", "at-1", "not a lightning")]
     for key, attempt, reason in cases:
         client = openai.AsyncOpenAI(base_url=f"{root}/rollout/ro-1/attempt/{attempt}/v1", api_key=key)
         with pytest.raises(openai.AuthenticationError, match=reason):

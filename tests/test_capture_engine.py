@@ -1,0 +1,407 @@
+"""The engine half over a small engine that answers as vLLM's does: outputs are processed in one place, at once, and
+asked for later."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm.sampling_params")
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+from lightning_ray.capture import engine as engine_module
+from lightning_ray.capture.call import CapturedRequest, current_request
+from lightning_ray.capture.engine import CapturedEngine, prepare, versions
+
+KINDS = [RequestOutputKind.FINAL_ONLY, RequestOutputKind.DELTA, RequestOutputKind.CUMULATIVE]
+
+
+class Processor:
+    """Hands new tokens to their requests, as vLLM's output processor."""
+
+    def __init__(self) -> None:
+        self.request_states: dict[str, Any] = {}
+
+    def process_outputs(self, outputs: list[Any], timestamp: float | None = None) -> str:
+        for output in outputs:
+            state = self.request_states[output.request_id]
+            state.tokens += output.new_token_ids
+            state.new += output.new_token_ids
+            if output.finish_reason is not None:
+                state.finish_reason = output.finish_reason
+                del self.request_states[output.request_id]
+            state.arrived.set()
+        return "processed"
+
+
+class Engine:
+    """Samples what the test tells it to, by ``tokens``."""
+
+    def __init__(self) -> None:
+        self.output_processor = Processor()
+        self.engine_core = SimpleNamespace()
+        self.params: list[Any] = []
+        self.failure: Exception | None = None
+        self.by_name: dict[str, list[Any]] = {}
+        self.live = 0
+
+    def tokens(self, name: str, ids: list[int], finish: str | None = None, index: int = 0) -> None:
+        """What the engine core sampled for one sequence."""
+        state = self.by_name[name][index]
+        output = SimpleNamespace(request_id=state.internal_id, new_token_ids=ids, finish_reason=finish)
+        assert self.output_processor.process_outputs([output], timestamp=1.0) == "processed"
+
+    async def generate(self, prompt: list[int], params: Any, request_id: str, **options: Any) -> AsyncIterator[Any]:
+        self.params.append(params)
+        if self.failure is not None:
+            raise self.failure
+        arrived = asyncio.Event()
+        states = [
+            SimpleNamespace(
+                internal_id=f"{index}_{request_id}-internal",
+                external_req_id=request_id,
+                request_index=index,
+                tokens=[],
+                new=[],
+                finish_reason=None,
+                arrived=arrived,
+            )
+            for index in range(params.n)
+        ]
+        self.output_processor.request_states.update({state.internal_id: state for state in states})
+        self.by_name[options.get("name", "call")] = states
+        self.live += 1
+        try:
+            while True:
+                await arrived.wait()
+                arrived.clear()
+                ended = all(state.finish_reason for state in states)
+                if params.output_kind == RequestOutputKind.FINAL_ONLY and not ended:
+                    continue
+                yield SimpleNamespace(
+                    prompt_token_ids=prompt,
+                    outputs=[self._completion(s, params) for s in states if s.new],
+                    finished=ended,
+                )
+                for state in states:
+                    state.new = []
+                if ended:
+                    return
+        finally:
+            self.live -= 1
+
+    @staticmethod
+    def _completion(state: Any, params: Any) -> Any:
+        ids = list(state.new if params.output_kind == RequestOutputKind.DELTA else state.tokens)
+        entries = [{99: SimpleNamespace(logprob=0.0), token: SimpleNamespace(logprob=-token / 8)} for token in ids]
+        return SimpleNamespace(
+            index=state.request_index,
+            token_ids=ids,
+            logprobs=None if params.num_logprobs is None else entries,
+            cumulative_logprob=-1.0,
+            finish_reason=state.finish_reason,
+        )
+
+
+@pytest.fixture(autouse=True)
+def no_request() -> Iterator[None]:
+    yield
+    current_request.set(None)
+
+
+@pytest.fixture
+def engine() -> Engine:
+    return Engine()
+
+
+@pytest.fixture
+def capture(engine: Engine) -> CapturedEngine:
+    capture = CapturedEngine(engine, version=4)
+    capture.proved.set()
+    return capture
+
+
+def captured(**sampling: Any) -> CapturedRequest:
+    request = CapturedRequest("ro-1", "at-1", "chat", {"model": "policy"}, sampling)
+    current_request.set(request)
+    return request
+
+
+class Call:
+    """A serving class that consumes one call of the engine, in a task of its own."""
+
+    def __init__(
+        self, engine: Any, params: Any, request_id: str = "id", prompt: list[int] | None = None, name: str = "call"
+    ):
+        self.outputs: list[Any] = []
+        self.engine = engine
+        self._open = engine.generate(prompt or [1, 2], params, request_id, name=name)
+        self.task = asyncio.create_task(self._consume())
+
+    async def _consume(self) -> None:
+        async for output in self._open:
+            self.outputs.append(output)
+
+
+async def settle() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_ids_logprobs_and_versions_are_the_engines_whatever_the_kind(
+    engine: Engine, capture: CapturedEngine, kind: RequestOutputKind
+) -> None:
+    request = captured()
+    call = Call(engine, SamplingParams(output_kind=kind))
+    await settle()
+    assert not request.complete
+    for ids, finish in (([5], None), ([6, 7], None), ([8], "stop")):
+        engine.tokens("call", ids, finish)
+        await settle()
+    await call.task
+    [sequence] = request.sequences
+    assert request.complete and request.first_token is not None
+    assert (sequence.prompt_ids, sequence.sampled_ids) == ([1, 2], [5, 6, 7, 8])
+    assert sequence.logprobs == [-5 / 8, -6 / 8, -7 / 8, -1.0]
+    assert sequence.weight_versions == [4] * 4 and sequence.finish_reason == "stop"
+    [span] = request.take_spans()
+    assert (span["sampled_ids"], span["status"]) == ([5, 6, 7, 8], "OK")
+    assert request.take_spans() == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_logprobs_are_hidden_unless_asked_for(
+    engine: Engine, capture: CapturedEngine, kind: RequestOutputKind
+) -> None:
+    for asked in (None, 0, 3):
+        request = captured()
+        call = Call(engine, SamplingParams(output_kind=kind, logprobs=asked))
+        await settle()
+        engine.tokens("call", [5], "stop")
+        await call.task
+        assert engine.params[-1].logprobs == (asked or 0)
+        assert request.sequences[0].logprobs == [-5 / 8]
+        [completion] = call.outputs[-1].outputs
+        if asked is None:
+            assert completion.logprobs is None and completion.cumulative_logprob is None
+        else:
+            assert completion.logprobs[0][5].logprob == -5 / 8 and completion.cumulative_logprob == -1.0
+
+
+async def test_logprobs_of_chosen_tokens_are_left_in_the_answer(engine: Engine, capture: CapturedEngine) -> None:
+    params, hide = prepare(SamplingParams(logprob_token_ids=[3, 4]), captured())
+    assert not hide and params.logprobs is None and params.num_logprobs == 2
+
+
+def test_the_keys_parameters_win_and_the_clients_object_stays_as_it_was() -> None:
+    given = SamplingParams(temperature=0.2, top_p=0.5, top_k=9, max_tokens=7, stop=["x"])
+    request = captured(temperature=1.0, top_p=1.0, top_k=0)
+    params, _ = prepare(given, request)
+    assert (params.temperature, params.top_p, params.top_k, params.max_tokens) == (1.0, 1.0, 0, 7)
+    assert (given.temperature, given.top_p, given.top_k, given.logprobs) == (0.2, 0.5, 9, None)
+    assert request.sampling_used["temperature"] == 1.0 and request.sampling_used["stop"] == ["x"]
+
+
+def test_without_fixed_parameters_the_clients_count() -> None:
+    request = captured()
+    params, _ = prepare(SamplingParams(temperature=0.25), request)
+    assert params.temperature == 0.25 and request.sampling_used["temperature"] == 0.25
+
+
+def test_greedy_is_really_greedy() -> None:
+    params, _ = prepare(SamplingParams(temperature=1.0, top_p=0.9, top_k=5), captured(temperature=0.0, top_p=1.0))
+    assert (params.temperature, params.top_p, params.top_k) == (0.0, 1.0, 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_each_of_several_choices_is_a_sequence(
+    engine: Engine, capture: CapturedEngine, kind: RequestOutputKind
+) -> None:
+    request = captured()
+    call = Call(engine, SamplingParams(n=2, output_kind=kind))
+    await settle()
+    engine.tokens("call", [5], index=0)
+    engine.tokens("call", [9, 9], "length", index=1)
+    await settle()
+    engine.tokens("call", [6], "stop", index=0)
+    await call.task
+    first, second = request.sequences
+    assert (first.sampled_ids, first.finish_reason) == ([5, 6], "stop")
+    assert (second.sampled_ids, second.finish_reason) == ([9, 9], "length")
+    assert [span["sequence_id"] for span in request.take_spans()] == [0, 1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_tokens_carry_the_version_that_sampled_them(
+    engine: Engine, capture: CapturedEngine, kind: RequestOutputKind
+) -> None:
+    request = captured()
+    call = Call(engine, SamplingParams(output_kind=kind))
+    await settle()
+    engine.tokens("call", [5, 6])
+    capture.mark_swap(5)
+    engine.tokens("call", [7])
+    capture.mark_swap(6)
+    capture.mark_swap(7)
+    engine.tokens("call", [8, 9], "stop")
+    await call.task
+    assert request.sequences[0].weight_versions == [4, 4, 5, 7, 7]
+    assert capture.version == 7
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_choice_that_ended_before_a_swap_keeps_its_version(
+    engine: Engine, capture: CapturedEngine, kind: RequestOutputKind
+) -> None:
+    request = captured()
+    call = Call(engine, SamplingParams(n=2, output_kind=kind))
+    await settle()
+    engine.tokens("call", [5], index=0)
+    engine.tokens("call", [9, 9], "stop", index=1)
+    capture.mark_swap(5)
+    engine.tokens("call", [6], "stop", index=0)
+    await call.task
+    assert [s.weight_versions for s in request.sequences] == [[4, 5], [4, 4]]
+
+
+async def test_an_answer_that_nobody_had_taken_at_the_swap_keeps_its_version(
+    engine: Engine, capture: CapturedEngine
+) -> None:
+    request = captured()
+    call = Call(engine, SamplingParams(output_kind=RequestOutputKind.FINAL_ONLY))
+    await settle()
+    engine.tokens("call", [5, 6], "stop")
+    capture.mark_swap(5)
+    await call.task
+    assert request.sequences[0].weight_versions == [4, 4]
+
+
+async def test_a_call_that_begins_after_the_swap_is_of_the_new_version(engine: Engine, capture: CapturedEngine) -> None:
+    request = captured()
+    call = Call(engine, SamplingParams(output_kind=RequestOutputKind.FINAL_ONLY))
+    capture.mark_swap(5)
+    await settle()
+    engine.tokens("call", [5, 6], "stop")
+    await call.task
+    assert request.sequences[0].weight_versions == [5, 5]
+
+
+async def test_nothing_leaves_between_a_swap_and_its_proof(engine: Engine, capture: CapturedEngine) -> None:
+    captured()
+    call = Call(engine, SamplingParams(output_kind=RequestOutputKind.DELTA))
+    await settle()
+    engine.tokens("call", [5])
+    await settle()
+    capture.proved.clear()
+    capture.mark_swap(5)
+    engine.tokens("call", [6])
+    await settle()
+    assert len(call.outputs) == 1
+    capture.proved.set()
+    await settle()
+    assert len(call.outputs) == 2
+    engine.tokens("call", [7], "stop")
+    await call.task
+
+
+async def test_a_proof_that_never_comes_ends_the_call(
+    engine: Engine, capture: CapturedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "PROOF_DEADLINE", 0.01)
+    capture.proved.clear()
+    request = captured()
+    call = Call(engine, SamplingParams(output_kind=RequestOutputKind.DELTA))
+    await settle()
+    engine.tokens("call", [5])
+    with pytest.raises(TimeoutError):
+        await call.task
+    assert not request.sequences and not request.running
+
+
+async def test_an_engine_that_fails_leaves_no_sequence_and_nothing_running(
+    engine: Engine, capture: CapturedEngine
+) -> None:
+    engine.failure = ValueError("prompt too long")
+    request = captured()
+    with pytest.raises(ValueError, match="prompt too long"):
+        await Call(engine, SamplingParams()).task
+    assert not request.sequences and not request.running and not request.complete
+    capture.mark_swap(5)
+
+
+async def test_a_call_that_is_cancelled_leaves_what_was_sampled(engine: Engine, capture: CapturedEngine) -> None:
+    request = captured()
+    call = Call(engine, SamplingParams(output_kind=RequestOutputKind.DELTA))
+    await settle()
+    engine.tokens("call", [5, 6])
+    await settle()
+    call.task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call.task
+    [sequence] = request.sequences
+    assert (sequence.sampled_ids, sequence.weight_versions, sequence.finish_reason) == ([5, 6], [4, 4], None)
+    assert request.take_spans()[0]["status"] == "ERROR"
+
+
+async def test_a_call_left_in_the_middle_can_be_settled_once(engine: Engine, capture: CapturedEngine) -> None:
+    request = captured()
+    call = Call(engine, SamplingParams(output_kind=RequestOutputKind.DELTA))
+    await settle()
+    engine.tokens("call", [5])
+    await settle()
+    request.settle()
+    assert request.complete and [s.sampled_ids for s in request.sequences] == [[5]]
+    engine.tokens("call", [6], "stop")
+    await call.task
+    assert len(request.sequences) == 1
+
+
+async def test_two_requests_under_one_client_chosen_id_do_not_mix(engine: Engine, capture: CapturedEngine) -> None:
+    async def one(name: str, prompt: list[int]) -> CapturedRequest:
+        request = captured()
+        params = SamplingParams(output_kind=RequestOutputKind.DELTA)
+        await Call(engine, params, "chosen-by-the-client", prompt, name).task
+        return request
+
+    tasks = [asyncio.create_task(one(name, [number])) for number, name in enumerate("ab")]
+    await settle()
+    engine.tokens("a", [5, 5], "stop")
+    engine.tokens("b", [6])
+    await settle()
+    capture.mark_swap(5)
+    engine.tokens("b", [7], "stop")
+    a, b = await asyncio.gather(*tasks)
+    assert [(s.prompt_ids, s.sampled_ids, s.weight_versions) for s in a.sequences] == [([0], [5, 5], [4, 4])]
+    assert [(s.prompt_ids, s.sampled_ids, s.weight_versions) for s in b.sequences] == [([1], [6, 7], [4, 5])]
+
+
+async def test_a_call_outside_of_a_request_is_left_alone(engine: Engine, capture: CapturedEngine) -> None:
+    current_request.set(None)
+    params = SamplingParams(temperature=0.3)
+    call = Call(engine, params)
+    await settle()
+    engine.tokens("call", [5], "stop")
+    await call.task
+    assert engine.params == [params] and params.logprobs is None
+
+
+@pytest.mark.parametrize(
+    ("count", "boundaries", "expected"),
+    [
+        (0, [], []),
+        (3, [], [9, 9, 9]),
+        (3, [(0, 1)], [9, 9, 9]),
+        (3, [(2, 1)], [1, 1, 9]),
+        (3, [(2, 1), (2, 2)], [1, 1, 9]),
+        (4, [(1, 1), (3, 2)], [1, 2, 2, 9]),
+        (2, [(3, 1)], [1, 1]),
+        (2, [(1, 1), (5, 2)], [1, 2]),
+    ],
+)
+def test_versions_follow_the_boundaries(count: int, boundaries: list[tuple[int, int]], expected: list[int]) -> None:
+    assert versions(count, boundaries, 9) == expected
