@@ -13,7 +13,8 @@ train: $(READY)
 	$(VENV)/bin/lightning-ray train examples/sql --name quickstart
 
 test: check
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -m 'not e2e'
+	$(VENV)/bin/python -m pytest -m e2e
 
 check: $(READY)
 	$(VENV)/bin/ruff check .

@@ -21,7 +21,6 @@ from actors.policy_trainer import PolicyTrainerGroup
 from lightning_ray.errors import ConfigError, InfrastructureError
 from lightning_ray.policy.settings import UpdateSettings
 
-pytestmark = pytest.mark.e2e
 
 
 @pytest.fixture(scope="module")

@@ -80,12 +80,13 @@ def agent_of(play_one: Callable[[], Any], is_async: bool) -> Any:
         async def agent(task: Any, llm: lr.LLM) -> Any:
             await asyncio.sleep(0)
             return play_one()
-    else:
 
-        def agent(task: Any, llm: lr.LLM) -> Any:
-            return play_one()
+        return lr.rollout(agent)
 
-    return lr.rollout(agent)
+    def sync_agent(task: Any, llm: lr.LLM) -> Any:
+        return play_one()
+
+    return lr.rollout(sync_agent)
 
 
 both = pytest.mark.parametrize("is_async", [True, False], ids=["async", "sync"])
@@ -130,7 +131,7 @@ async def test_any_other_result_fails_and_says_what_to_return(store: Any, is_asy
     assert rollout.status == "failed" and rollout.metadata is not None
     failure = rollout.metadata["failure"]
     assert failure["kind"] == "failed"
-    assert f"'agent' returned {type(result).__name__}" in failure["reason"]
+    assert f"agent' returned {type(result).__name__}" in failure["reason"]
     assert "return a number" in failure["reason"]
 
 

@@ -43,7 +43,8 @@ def max_difference(expected: Sequence[Sequence[float]], found: Sequence[Sequence
     if [len(row) for row in expected] != [len(row) for row in found]:
         return float("inf")
     a, b = (np.array([value for row in rows for value in row], np.float64) for rows in (expected, found))
-    worst = float(np.max(np.abs(a - b), initial=0.0)) if len(a) else float("inf")
+    with np.errstate(invalid="ignore"):
+        worst = float(np.max(np.abs(a - b), initial=0.0)) if len(a) else float("inf")
     return worst if np.isfinite(worst) else float("inf")
 
 
