@@ -35,7 +35,7 @@ $(READY): pyproject.toml requirements/cpu.txt
 lock:
 	rm -rf .lock && $(PYTHON) -m venv .lock
 	.lock/bin/python -m pip install --quiet torch==2.13.0 && .lock/bin/python -m pip install --quiet '.[cpu,dev]'
-	.lock/bin/python -m pip freeze | grep -v -E '^(torchvision|torchaudio|torchcodec|lightning-ray)\b|^-e' | sed 's/+cpu$$//' > requirements/cpu.txt
+	.lock/bin/python -m pip freeze --all | grep -v -E '^(pip|torchvision|torchaudio|torchcodec|lightning-ray)\b|^-e' | sed 's/+cpu$$//' > requirements/cpu.txt
 	rm -rf .lock
 
 clean:
