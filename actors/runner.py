@@ -1,6 +1,7 @@
 """The runner as a Ray actor: a process, a lifetime and restarts around ``lightning_ray.runner``.
 
-Each life of the process is a worker of its own to the store; a new life first gives back what the last one was playing.
+Each life of the process is a worker of its own to the store; what the last one was playing comes back when its lease
+ends.
 """
 
 from __future__ import annotations

@@ -70,11 +70,11 @@ class Policy:
         arguments = {
             "model": self.model,
             "served-model-name": self.model_name,
-            "dtype": settings.dtype,
+            "dtype": settings.chosen_dtype,
             "max-num-seqs": settings.max_num_seqs,
             "kv-cache-memory-bytes": settings.kv_cache_memory_mb * 2**20,
             "worker-extension-cls": "lightning_ray.policy.vllm_worker.WorkerExtension",
-            "weight-transfer-config": f'{{"backend": "{settings.transfer}"}}',
+            "weight-transfer-config": f'{{"backend": "{settings.chosen_transfer}"}}',
         }
         if settings.max_model_len is not None:
             arguments["max-model-len"] = settings.max_model_len

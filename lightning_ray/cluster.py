@@ -1,7 +1,8 @@
 """The front door to Ray: starts and ends everything a run has running.
 
 The only file of the library that looks at ``actors`` and ``deployments``. Joins the Ray of RAY_ADDRESS (inside a
-submitted job, say) or of an explicit address, and otherwise starts one of its own, which it ends with all that grew out of it.
+submitted job, say) or of an explicit address, and otherwise starts one of its own, which it ends with all that grew
+out of it.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ BASE_MEMORY = int(1.5 * 2**30)
 REPLICA_MEMORY = int(1.3 * 2**30)
 RANK_MEMORY = int(0.8 * 2**30)
 STOP_SECONDS = 8.0
+LEASE_SECONDS = 30.0
+"""How long a runner may be silent (it beats every two seconds) before its rollouts are played elsewhere."""
 
 QUIET = {
     "HF_HUB_OFFLINE": "1",
@@ -97,7 +100,7 @@ class Cluster:
         """The run's span store."""
         from actors.span_store import start
 
-        self._store_actor = start(folder, f"{self._name}-store")
+        self._store_actor = start(folder, f"{self._name}-store", lease_seconds=LEASE_SECONDS)
         self.store = StoreClient(self._store_actor)
         return self.store
 
@@ -143,7 +146,7 @@ class Cluster:
     async def connect(self, settings: EngineSettings) -> PolicySwapper:
         """Tie the trainer ranks to the policy's replicas."""
         deadline = settings.swap_timeout_seconds
-        await self.trainers.call("attach_policy", self._policy, settings.transfer, deadline, timeout=60.0)
+        await self.trainers.call("attach_policy", self._policy, settings.chosen_transfer, deadline, timeout=60.0)
         return PolicySwapper(self.replicas, self.trainers, settings.logprob_tolerance, deadline)
 
     def start_runners(self, agent: LitAgent[Any], count: int, concurrency: int) -> None:

@@ -24,15 +24,31 @@ class EngineSettings(Settings):
     port: int = Field(default=0, ge=0, le=65535)
     """HTTP port of the deployment; 0 takes a free one."""
     device: Literal["cpu", "cuda"] = "cpu"
-    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of engine and trainer; ``auto`` is float32 on CPU and bfloat16 on CUDA."""
     max_model_len: int | None = None
     max_num_seqs: int = Field(default=64, ge=1)
     kv_cache_memory_mb: int = Field(default=128, ge=8)
-    transfer: Literal["gloo", "nccl"] = "gloo"
+    transfer: Literal["auto", "gloo", "nccl"] = "auto"
+    """What carries the weights from trainer to engine; ``auto`` is gloo on CPU and NCCL on CUDA."""
     logprob_tolerance: float = Field(default=1e-4, gt=0)
     """Largest difference of a canary logprob between engine and trainer at which a swap counts as proved."""
     startup_timeout_seconds: float = Field(default=300.0, gt=0)
     swap_timeout_seconds: float = Field(default=120.0, gt=0)
+
+    @property
+    def chosen_dtype(self) -> Literal["float32", "bfloat16"]:
+        """``dtype``, with ``auto`` decided."""
+        if self.dtype == "auto":
+            return "float32" if self.device == "cpu" else "bfloat16"
+        return self.dtype
+
+    @property
+    def chosen_transfer(self) -> Literal["gloo", "nccl"]:
+        """``transfer``, with ``auto`` decided."""
+        if self.transfer == "auto":
+            return "gloo" if self.device == "cpu" else "nccl"
+        return self.transfer
 
 
 S = TypeVar("S", bound=BaseModel)

@@ -13,8 +13,8 @@ from lightning_ray.trajectories.episode import Episode
 class Evaluation:
     """Figures of one pass over a data set.
 
-    ``reward`` is the mean over the rollouts that succeeded; ``failed`` counts the others. ``annotations`` holds, by key,
-    the mean over all annotated events (not over rollouts).
+    ``reward`` is the mean over the rollouts that succeeded; ``failed`` counts the others. ``annotations`` holds, by
+    key, the mean over all annotated events (not over rollouts).
     """
 
     tasks: int

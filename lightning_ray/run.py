@@ -22,7 +22,6 @@ import pyarrow as pa
 from lightning_ray.agent import LitAgent
 from lightning_ray.algorithms.grpo import GRPO, NEUTRAL
 from lightning_ray.cluster import Cluster, together, tree_memory
-from lightning_ray.config import EngineSettings
 from lightning_ray.errors import AgentError, InfrastructureError
 from lightning_ray.evaluation import Evaluation, evaluate
 from lightning_ray.policy.swap import PolicySwapper
@@ -33,7 +32,6 @@ from lightning_ray.trajectories.account import Account
 from lightning_ray.trajectories.episode import Episode, last_attempts, read_episodes
 from lightning_ray.types import (
     TERMINAL_ROLLOUT,
-    Attempt,
     Dataset,
     EnqueueRolloutRequest,
     RolloutConfig,
@@ -116,7 +114,9 @@ class Run:
         with self.reporter.stage("engine and trainer up"):
             endpoint, _ = await together(
                 self.cluster.start_policy(model, settings.model_name, settings.engine),
-                self.cluster.start_trainers(settings.update_settings(model), settings.ranks, settings.engine.transfer),
+                self.cluster.start_trainers(
+                    settings.update_settings(model), settings.ranks, settings.engine.chosen_transfer
+                ),
             )
         for name, sampling in RESOURCES.items():
             resource = endpoint.model_copy(update={"sampling_parameters": sampling})
@@ -210,16 +210,16 @@ class Run:
             rollouts = await self.store.query_rollouts(rollout_id_in=ids)
             states = dict(Counter(r.status for r in rollouts if r.status not in TERMINAL_ROLLOUT))
             raise InfrastructureError(
-                f"{len(ids) - len(ended)} of {len(ids)} rollouts did not end within {deadline:.0f} s, by state: {states}; "
-                "the runners may be stuck: look at them in the Ray dashboard"
+                f"{len(ids) - len(ended)} of {len(ids)} rollouts did not end within {deadline:.0f} s, by state: "
+                f"{states}; the runners may be stuck: look at them in the Ray dashboard"
             )
         ended = await self.store.query_rollouts(rollout_id_in=ids)
         spans = await self.store.query_spans(ids)
-        attempts: list[Attempt] = []
-        retried = [r.rollout_id for r in ended if len(set(spans_attempts(spans, r.rollout_id))) > 1]
-        for rollout_id in retried:
-            attempts += await self.store.query_attempts(rollout_id)
-        return read_episodes(ended, spans, attempts_that_count(spans, last_attempts(attempts)))
+        counting = dict(pairs_of(spans))
+        for rollout_id, times in Counter(rollout_id for rollout_id, _ in pairs_of(spans)).items():
+            if times > 1:
+                counting |= last_attempts(await self.store.query_attempts(rollout_id))
+        return read_episodes(ended, spans, counting)
 
     async def _unless_runners_fail(self, waiting: Any, deadline: float) -> Any:
         task = asyncio.ensure_future(waiting)
@@ -264,7 +264,7 @@ class Run:
         """Account for a step and show it."""
         state = self.state
         drops = account.drops_by_reason()
-        self._refuse_broken_agent(played)
+        self._refuse_total_failure(played)
         state.step = step + 1
         state.rollouts += len(played)
         state.rollouts_trained += len(account.trained)
@@ -297,16 +297,21 @@ class Run:
         self.folder.append_metrics(row)
         self.reporter.step(row, self._validation)
 
-    def _refuse_broken_agent(self, played: Sequence[Episode]) -> None:
-        """When every rollout failed by the agent's own fault there is nothing to learn: say why and stop."""
-        failures = [(e.rollout.metadata or {}).get("failure") for e in played if e.rollout.status == "failed"]
-        reasons = [f.get("reason") for f in failures if isinstance(f, dict)]
-        if len(failures) == len(played):
-            [(reason, count)] = Counter(reasons).most_common(1) or [("unknown", len(played))]
-            raise AgentError(
-                f"the agent failed in all {len(played)} rollouts of the step; most often ({count}x): {reason}. "
-                "The exceptions with their tracebacks are in the run's span store"
+    def _refuse_total_failure(self, played: Sequence[Episode]) -> None:
+        """When every rollout failed there is nothing to learn: say why and stop."""
+        failures = [(e.rollout.metadata or {}).get("failure") or {} for e in played if e.rollout.status == "failed"]
+        if len(failures) < len(played):
+            return
+        [((kind, reason), count)] = Counter((f.get("kind"), f.get("reason")) for f in failures).most_common(1)
+        if kind == "infrastructure":
+            raise InfrastructureError(
+                f"all {len(played)} rollouts failed, and not by the agent; most often ({count}x): {reason}. "
+                "See the logs of runners and policy replicas in the Ray dashboard, then resume"
             )
+        raise AgentError(
+            f"the agent failed in all {len(played)} rollouts; most often ({count}x): {reason}. "
+            "The exceptions with their tracebacks are in the run's span store"
+        )
 
     # Validation
 
@@ -331,7 +336,7 @@ class Run:
         data = self.datasets[split]
         requests = [self._request(data[i], split, mode, {"evaluation": mode}) for i in range(len(data))]
         episodes = await self._play(requests)
-        self._refuse_broken_agent(episodes)
+        self._refuse_total_failure(episodes)
         figures = evaluate(episodes)
         self.folder.append_metrics(
             {
@@ -386,18 +391,6 @@ class Run:
             self.peak_memory = max(self.peak_memory, tree_memory())
 
 
-def spans_attempts(spans: pa.Table, rollout_id: str) -> list[str]:
-    """Attempts of a rollout that left spans."""
-    import pyarrow.compute as pc
-
-    ids: list[str] = spans.filter(pc.equal(spans["rollout_id"], rollout_id))["attempt_id"].to_pylist()
-    return ids
-
-
-def attempts_that_count(spans: pa.Table, retried: dict[str, str]) -> dict[str, str]:
-    """For each rollout with spans the attempt that counts: the only one, or the last of several."""
-    pairs = zip(spans["rollout_id"].to_pylist(), spans["attempt_id"].to_pylist(), strict=True)
-    return {**dict(pairs), **retried}
-
-
-__all__ = ["EngineSettings", "Run", "RunState"]
+def pairs_of(spans: pa.Table) -> set[tuple[str, str]]:
+    """The (rollout, attempt) ids that left spans."""
+    return set(zip(spans["rollout_id"].to_pylist(), spans["attempt_id"].to_pylist(), strict=True))

@@ -103,8 +103,7 @@ class RunFolder:
         """
         file = self.path / "metrics.jsonl"
         if file.exists():
-            rows = [json.loads(line) for line in file.read_text().splitlines()]
-            kept = [row for row in rows if row["step"] < step + (row["kind"] != "train")]
+            kept = [row for row in self.metrics() if row["step"] < step + (row["kind"] != "train")]
             file.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
     def append_metrics(self, row: dict[str, Any]) -> None:
@@ -121,9 +120,10 @@ class RunFolder:
                 self._board.add_scalar(f"{row['kind']}/{name}", value, row["step"])
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All lines of metrics.jsonl."""
+        """All whole lines of metrics.jsonl; a run that was killed may leave half a line at the end."""
         file = self.path / "metrics.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        lines = file.read_text().split("\n")[:-1] if file.exists() else []
+        return [json.loads(line) for line in lines]
 
     def plot(self) -> None:
         """Draw reward.png."""

@@ -169,10 +169,10 @@ def storable(spans: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def infrastructure(error: BaseException) -> Mapping[str, bool]:
-    """Whether an exception out of an agent is the system's failure, not the agent's: its endpoint was gone."""
+    """Whether an exception out of an agent is the system's failure, not its own: its endpoint was gone or broken."""
     import openai
 
     lost = isinstance(error, openai.APIConnectionError) or (
-        isinstance(error, openai.APIStatusError) and error.status_code in (502, 503, 504)
+        isinstance(error, openai.APIStatusError) and error.status_code >= 500
     )
     return {"infrastructure": True} if lost else {}

@@ -14,9 +14,8 @@ from typing import Any, TypeVar
 
 from lightning_ray.agent import LitAgent
 from lightning_ray.algorithms.grpo import GRPO
-from lightning_ray.config import build
 from lightning_ray.errors import ConfigError
-from lightning_ray.launch import Launch, current_launch
+from lightning_ray.launch import current_launch
 from lightning_ray.types import Dataset
 
 T = TypeVar("T")
@@ -139,6 +138,3 @@ def stoppable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-__all__ = ["Launch", "Trainer", "build"]

@@ -15,20 +15,17 @@ pytest.importorskip("ray")
 pytest.importorskip("verl")
 
 import ray
-from policy_oracle import PlainTrainer, load, make_batch, write_tiny_model
 
 from actors.policy_trainer import PolicyTrainerGroup
 from lightning_ray.errors import ConfigError, InfrastructureError
 from lightning_ray.policy.settings import UpdateSettings
-
+from tests.policy_oracle import PlainTrainer, load, make_batch, write_tiny_model
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     with tempfile.TemporaryDirectory(prefix="lr", ignore_cleanup_errors=True) as folder:
-        ray.init(
-            "local", include_dashboard=False, num_cpus=8, object_store_memory=200_000_000, _temp_dir=folder
-        )
+        ray.init("local", include_dashboard=False, num_cpus=8, object_store_memory=200_000_000, _temp_dir=folder)
         yield
         ray.shutdown()
 

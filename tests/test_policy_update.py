@@ -19,8 +19,10 @@ import pytest
 
 pytest.importorskip("verl")
 
-import policy_worker
-from policy_oracle import (
+from lightning_ray.errors import ConfigError
+from lightning_ray.policy.settings import AdvantageName, DivergedError, LossName, UpdateSettings
+from tests import policy_worker
+from tests.policy_oracle import (
     PlainTrainer,
     batch_table,
     load,
@@ -28,9 +30,6 @@ from policy_oracle import (
     token_logprobs,
     write_tiny_model,
 )
-
-from lightning_ray.errors import ConfigError
-from lightning_ray.policy.settings import AdvantageName, DivergedError, LossName, UpdateSettings
 
 DEADLINE = 60.0
 
@@ -40,9 +39,7 @@ class Ranks:
 
     def __init__(self) -> None:
         spawn = multiprocessing.get_context("spawn")
-        self._processes = [
-            ProcessPoolExecutor(1, mp_context=spawn, initializer=policy_worker.start) for _ in range(2)
-        ]
+        self._processes = [ProcessPoolExecutor(1, mp_context=spawn, initializer=policy_worker.start) for _ in range(2)]
         self.world_size = 0
 
     def build(self, settings: UpdateSettings, world_size: int) -> Ranks:
@@ -150,9 +147,7 @@ def test_equals_plain_pytorch(
     assert all(np.abs(weights[name] - before[name]).max() > 1e-3 for name in weights)
 
 
-def test_two_ranks_step_through_minibatches_as_one_does(
-    ranks: Ranks, folder: Path, batches: list[pa.Table]
-) -> None:
+def test_two_ranks_step_through_minibatches_as_one_does(ranks: Ranks, folder: Path, batches: list[pa.Table]) -> None:
     settings = settings_for(folder, minibatch_rollouts=5, epochs=2, micro_batch_tokens=100)
     results, weights = [], []
     for world_size in (1, 2):
@@ -217,9 +212,7 @@ def test_only_sampled_tokens_are_trained(ranks: Ranks, folder: Path, batches: li
     assert results[0]["trained_tokens"] == sum(sum(mask) for mask in masks)
 
 
-def test_logprobs_are_checked_before_the_first_step(
-    ranks: Ranks, folder: Path, batches: list[pa.Table]
-) -> None:
+def test_logprobs_are_checked_before_the_first_step(ranks: Ranks, folder: Path, batches: list[pa.Table]) -> None:
     ranks.build(settings_for(folder, minibatch_rollouts=1, warmup_steps=0, learning_rate=1e-2), 2)
     table = on_policy(ranks, batches[0])
     rows = table["logprobs"].to_pylist()
@@ -230,13 +223,9 @@ def test_logprobs_are_checked_before_the_first_step(
     assert result["mean_logprob_diff"] == pytest.approx(0.125 / result["trained_tokens"], abs=1e-5)
 
 
-def test_a_rollout_alone_in_its_group_is_left_out(
-    ranks: Ranks, folder: Path, batches: list[pa.Table]
-) -> None:
+def test_a_rollout_alone_in_its_group_is_left_out(ranks: Ranks, folder: Path, batches: list[pa.Table]) -> None:
     table = batches[0]
-    lone = [
-        row | {"rollout_id": "z", "group_id": "z"} for row in table.to_pylist() if row["rollout_id"] == "r0"
-    ]
+    lone = [row | {"rollout_id": "z", "group_id": "z"} for row in table.to_pylist() if row["rollout_id"] == "r0"]
     added = pa.concat_tables([table, pa.Table.from_pylist(lone, table.schema)])
     settings = settings_for(folder, warmup_steps=0)
     without = ranks.build(settings, 1).call("update", table)
@@ -265,9 +254,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert_same_weights(ranks.weights(), expected_weights, atol=0)
 
 
-def test_a_saved_folder_is_a_model(
-    ranks: Ranks, folder: Path, batches: list[pa.Table], tmp_path: Path
-) -> None:
+def test_a_saved_folder_is_a_model(ranks: Ranks, folder: Path, batches: list[pa.Table], tmp_path: Path) -> None:
     ranks.build(settings_for(folder, warmup_steps=0), 2)
     ranks.call("update", batches[0])
     ranks.call("save", str(tmp_path))
@@ -297,9 +284,7 @@ def test_logprobs_equal_those_of_transformers(
         np.testing.assert_allclose(ours, token_logprobs(model, sequence).detach().numpy(), atol=1e-5)
 
 
-def test_every_advantage_and_loss_is_the_same_on_two_ranks(
-    ranks: Ranks, folder: Path, batches: list[pa.Table]
-) -> None:
+def test_every_advantage_and_loss_is_the_same_on_two_ranks(ranks: Ranks, folder: Path, batches: list[pa.Table]) -> None:
     rows = {"loss_aggregation": "seq-mean-token-mean"}
     horizon = {"loss_aggregation": "seq-mean-token-sum-norm", "loss_horizon": 64, "advantage_by_std": False}
     choices: list[dict[str, Any]] = [{"advantage": name} for name in get_args(AdvantageName)]
@@ -315,9 +300,7 @@ def test_every_advantage_and_loss_is_the_same_on_two_ranks(
         assert one["grad_norm"] > 0
 
 
-def test_a_loss_that_is_not_finite_changes_nothing(
-    ranks: Ranks, folder: Path, batches: list[pa.Table]
-) -> None:
+def test_a_loss_that_is_not_finite_changes_nothing(ranks: Ranks, folder: Path, batches: list[pa.Table]) -> None:
     ranks.build(settings_for(folder, warmup_steps=0, minibatch_rollouts=1000), 2)
     rows = batches[0]["logprobs"].to_pylist()
     rows[0][-1] = float("nan")

@@ -200,7 +200,7 @@ def response_error(status: int) -> openai.APIStatusError:
         (openai.APIConnectionError(request=cast(Any, None)), True),
         (response_error(503), True),
         (response_error(400), False),
-        (response_error(500), False),
+        (response_error(500), True),
     ],
 )
 async def test_an_endpoint_that_is_gone_is_not_the_agents_fault(

@@ -140,9 +140,7 @@ def test_template_extends_the_sampled_tokens(tokenizer, tasks):
         for _ in range(MAX_TURNS):
             prompt = template(tokenizer, messages)
             sampled = [*rng.choices(words, k=rng.randrange(MAX_TOKENS)), *rng.choice([[end], []])]
-            messages.append(
-                {"role": "assistant", "content": tokenizer.decode(sampled, skip_special_tokens=True)}
-            )
+            messages.append({"role": "assistant", "content": tokenizer.decode(sampled, skip_special_tokens=True)})
             messages.append({"role": "user", "content": 'error: near "x": syntax error'})
             assert template(tokenizer, messages)[: len(prompt + sampled)] == prompt + sampled
 

@@ -88,9 +88,7 @@ def spans(claim: AttemptedRollout, count: int = 1, first: int = 0, **fields: Any
 
 
 async def leased(store: Store, count: int = 1, **request: Any) -> list[AttemptedRollout]:
-    await store.enqueue_many_rollouts(
-        [EnqueueRolloutRequest(input={"q": n}, **request) for n in range(count)]
-    )
+    await store.enqueue_many_rollouts([EnqueueRolloutRequest(input={"q": n}, **request) for n in range(count)])
     return await store.dequeue_many_rollouts(count, "worker")
 
 
@@ -141,9 +139,7 @@ async def test_retries_and_late_results(store: Store) -> None:
     assert (second.rollout_id, second.attempt.sequence_id) == (first.rollout_id, 2)
     assert (await finish(store, first, spans=spans(first))).status == "preparing"
     assert (await finish(store, second)).status == "succeeded"
-    assert (await store.query_spans([first.rollout_id]))["attempt_id"].to_pylist() == [
-        first.attempt.attempt_id
-    ]
+    assert (await store.query_spans([first.rollout_id]))["attempt_id"].to_pylist() == [first.attempt.attempt_id]
 
 
 async def test_cancelling_reaches_the_worker(store: Store) -> None:
@@ -241,9 +237,7 @@ async def test_statistics(store: Store) -> None:
     assert (after["queued"], after["live_attempts"]) == (0, 0)
 
 
-async def test_answers_wait_for_the_disk_and_share_its_syncs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_answers_wait_for_the_disk_and_share_its_syncs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, gate, syncs = LocalStoreClient(SpanStore(tmp_path)), threading.Event(), []
 
     def slow(fd: int) -> None:

@@ -26,9 +26,7 @@ def make() -> Lifecycle:
 
 
 def enqueue(lifecycle: Lifecycle, *ids: str, now: float = 0.0, config: RolloutConfig | None = None) -> None:
-    requests = [
-        EnqueueRolloutRequest(rollout_id=rollout_id, input={"q": 1}, config=config) for rollout_id in ids
-    ]
+    requests = [EnqueueRolloutRequest(rollout_id=rollout_id, input={"q": 1}, config=config) for rollout_id in ids]
     lifecycle.enqueue(requests, now)
 
 
@@ -110,9 +108,7 @@ def test_watchdog_times_out_from_the_start_and_unresponsive_from_the_last_span()
     assert [lifecycle.attempts(rollout_id)[0].status for rollout_id in "ab"] == ["timeout", "running"]
     lifecycle.heartbeat("w", [("b", b)], 19.0)
     lifecycle.tick(19.1)
-    assert lifecycle.rollout("b").metadata == {
-        "failure": {"kind": "unresponsive", "reason": "no span for 10.0 s"}
-    }
+    assert lifecycle.rollout("b").metadata == {"failure": {"kind": "unresponsive", "reason": "no span for 10.0 s"}}
 
 
 def test_a_claim_that_is_never_started_comes_back() -> None:
@@ -149,9 +145,7 @@ def test_a_lost_worker_is_not_the_agents_fault_but_bounded() -> None:
     assert lifecycle.release_worker("last", "killed", 1.0) == ["a"]
     rollout = lifecycle.rollout("a")
     assert rollout.status == "failed"
-    assert rollout.metadata == {
-        "failure": {"kind": "infrastructure", "reason": "worker last was lost: killed"}
-    }
+    assert rollout.metadata == {"failure": {"kind": "infrastructure", "reason": "worker last was lost: killed"}}
     assert lifecycle.release_worker("last", "killed", 1.0) == []
 
 
@@ -208,9 +202,7 @@ def test_a_refused_call_leaves_no_trace(refused: str) -> None:
     enqueue(lifecycle, "a")
     attempt = lease(lifecycle)
     lifecycle.take_events()
-    with pytest.raises(
-        StoreError, match={"ghost": "at-ghost", "status": "running", "input": "object"}[refused]
-    ):
+    with pytest.raises(StoreError, match={"ghost": "at-ghost", "status": "running", "input": "object"}[refused]):
         if refused == "ghost":
             lifecycle.finish("a", "at-ghost", "succeeded", None, 1.0)
         elif refused == "status":
@@ -292,9 +284,7 @@ class AnyHistory(RuleBasedStateMachine):
     @precondition(lambda self: self.lifecycle.state.rollouts)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
-        self.lifecycle.update(
-            data.draw(st.sampled_from(sorted(self.lifecycle.state.rollouts))), "cancelled", self.now
-        )
+        self.lifecycle.update(data.draw(st.sampled_from(sorted(self.lifecycle.state.rollouts))), "cancelled", self.now)
 
     @rule(seconds=st.sampled_from([0.5, 4.0, 61.0]))
     def time_passes(self, seconds: float) -> None:

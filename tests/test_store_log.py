@@ -36,9 +36,7 @@ def finished(folder: Path, rollouts: int = 2, **settings: Any) -> tuple[list[str
     log's size before the last finish.
     """
     store = SpanStore(folder, **settings)
-    requests = [
-        EnqueueRolloutRequest(rollout_id=f"ro-{index}", input={"q": index}) for index in range(rollouts)
-    ]
+    requests = [EnqueueRolloutRequest(rollout_id=f"ro-{index}", input={"q": index}) for index in range(rollouts)]
     store.enqueue_many_rollouts(requests)
     size = 0
     for claim in store.dequeue_many_rollouts(rollouts, "w"):
@@ -106,9 +104,7 @@ def test_flipped_byte_in_the_last_record_drops_just_it(tmp_path: Path) -> None:
     for position in range(last, len(data) - 8, 7):
         folder = tmp_path / "flipped"
         shutil.copytree(tmp_path / "whole", folder)
-        log_path(folder, 1).write_bytes(
-            data[:position] + bytes([data[position] ^ 0x10]) + data[position + 1 :]
-        )
+        log_path(folder, 1).write_bytes(data[:position] + bytes([data[position] ^ 0x10]) + data[position + 1 :])
         view = open_folder(folder)
         assert len(view.notes) == 1
         assert view.statistics()["spans"] == 3

@@ -91,9 +91,7 @@ def test_no_spans_make_an_empty_batch() -> None:
 
 
 def test_a_slice_travels_alone() -> None:
-    table = pa.Table.from_batches(
-        [spans_to_batch([span(span_id=str(i), prompt_ids=range(1000)) for i in range(50)])]
-    )
+    table = pa.Table.from_batches([spans_to_batch([span(span_id=str(i), prompt_ids=range(1000)) for i in range(50)])])
     encoded = encode_table(table.slice(3, 1))
     assert encoded.size < 10_000
     assert decode_table(encoded).equals(table.slice(3, 1))

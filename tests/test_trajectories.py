@@ -153,6 +153,7 @@ def model_call(rollout_id: str, prompt: list[int], sampled: list[int], attempt_i
         rollout_id,
         attempt_id,
         name="openai.chat.completion",
+        status="OK",
         prompt_ids=prompt,
         sampled_ids=sampled,
         logprobs=[-0.5] * len(sampled),
@@ -196,6 +197,15 @@ def test_the_last_primary_reward_counts() -> None:
     )
     [episode] = read_episodes([rollout("ro-1")], spans, {"ro-1": "at-1"})
     assert episode.reward == 0.75
+
+
+def test_a_call_that_was_broken_off_does_not_count() -> None:
+    spans = table(
+        model_call("ro-1", [1, 2], [3]) | {"status": "ERROR", "finish_reason": "abort"},
+        model_call("ro-1", [1, 2], [4]),
+    )
+    [episode] = read_episodes([rollout("ro-1")], spans, {"ro-1": "at-1"})
+    assert episode.calls == 1 and tokens(episode.trajectories[0]) == [1, 2, 4]
 
 
 def test_only_the_attempt_that_counts_is_read() -> None:

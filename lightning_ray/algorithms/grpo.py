@@ -68,7 +68,7 @@ class GRPO(Algorithm):
         return UpdateSettings(
             model_path=str(model),
             device=self.engine.device,
-            dtype="float32" if self.engine.device == "cpu" else "bfloat16",
+            dtype=self.engine.chosen_dtype,
             learning_rate=self.learning_rate,
             betas=self.betas,
             weight_decay=self.weight_decay,

@@ -53,9 +53,7 @@ def pack_frame(
     crc = zlib.crc32(rest)
     for part in (head, gap, body):
         crc = zlib.crc32(part, crc)
-    return [_CRC.pack(crc), rest, head, gap, body, bytes(padding(length))], HEADER_BYTES + len(head) + len(
-        gap
-    )
+    return [_CRC.pack(crc), rest, head, gap, body, bytes(padding(length))], HEADER_BYTES + len(head) + len(gap)
 
 
 def frame_at(data: memoryview, offset: int) -> Frame | None:
@@ -70,9 +68,7 @@ def frame_at(data: memoryview, offset: int) -> Frame | None:
     if zlib.crc32(data[offset + _CRC.size : stop]) != crc:
         return None
     body_offset = min(start + head_length + padding(head_length), stop)
-    return Frame(
-        kind, offset, data[start : start + head_length], body_offset, stop - body_offset, acknowledged, end
-    )
+    return Frame(kind, offset, data[start : start + head_length], body_offset, stop - body_offset, acknowledged, end)
 
 
 def frames(data: memoryview) -> Iterator[Frame]:

@@ -55,9 +55,7 @@ class SpanIndex:
 
     def admit(self, batch: pa.RecordBatch, is_known: Callable[[str, str], bool]) -> Admitted:
         """Choose a batch's rows of known attempts that are not stored yet, once each. Changes nothing."""
-        rollouts, attempts, spans = (
-            batch.column(name).to_pylist() for name in ("rollout_id", "attempt_id", "span_id")
-        )
+        rollouts, attempts, spans = (batch.column(name).to_pylist() for name in ("rollout_id", "attempt_id", "span_id"))
         keys = zip(rollouts, attempts, strict=True)
         keep: list[int] = []
         admitted = Admitted(batch, [], {}, [])

@@ -79,9 +79,7 @@ class Lifecycle:
                 self._emit("enqueued", now, rollout=rollout)
         return [self.rollout(rollout["rollout_id"]) for rollout in planned]
 
-    def dequeue(
-        self, limit: int, worker_id: str, request_id: str | None, now: float
-    ) -> list[AttemptedRollout]:
+    def dequeue(self, limit: int, worker_id: str, request_id: str | None, now: float) -> list[AttemptedRollout]:
         """Lease up to ``limit`` queued rollouts, oldest first.
 
         A repeated ``request_id`` gets its claims again, as far as they are still at work.
@@ -113,8 +111,7 @@ class Lifecycle:
         """
         if status not in TERMINAL_ATTEMPT:
             raise StoreError(
-                f"finish_attempt of {rollout_id} got status {status!r}; "
-                f"it must be one of {sorted(TERMINAL_ATTEMPT)}"
+                f"finish_attempt of {rollout_id} got status {status!r}; it must be one of {sorted(TERMINAL_ATTEMPT)}"
             )
         self._check_attempt(rollout_id, attempt_id)
         if self._is_live(rollout_id, attempt_id):
@@ -124,16 +121,12 @@ class Lifecycle:
     def update(self, rollout_id: str, status: str, now: float) -> Rollout:
         """Cancel a rollout; a terminal one stays as it is."""
         if status != "cancelled":
-            raise StoreError(
-                f"update_rollout of {rollout_id} got status {status!r}; only 'cancelled' can be set"
-            )
+            raise StoreError(f"update_rollout of {rollout_id} got status {status!r}; only 'cancelled' can be set")
         if self._entry(rollout_id).rollout.status not in TERMINAL_ROLLOUT:
             self._emit("cancelled", now, rollout_id=rollout_id, rollout_status="cancelled")
         return self.rollout(rollout_id)
 
-    def heartbeat(
-        self, worker_id: str, attempts: Iterable[tuple[str, str]], now: float
-    ) -> list[tuple[str, str]]:
+    def heartbeat(self, worker_id: str, attempts: Iterable[tuple[str, str]], now: float) -> list[tuple[str, str]]:
         """Renew leases; returns the attempts the worker is to stop: ended, cancelled or taken back."""
         stop = []
         for rollout_id, attempt_id in attempts:
@@ -199,9 +192,7 @@ class Lifecycle:
         entry = self.state.rollouts[live.attempt.rollout_id]
         config = entry.rollout.config
         retry = status in config.retry_condition and entry.counted + 1 < config.max_attempts
-        failure = (
-            None if status == "succeeded" or retry else {"kind": status, "reason": metadata.get("reason")}
-        )
+        failure = None if status == "succeeded" or retry else {"kind": status, "reason": metadata.get("reason")}
         after = "succeeded" if status == "succeeded" else "requeuing" if retry else "failed"
         self._emit_end(live, status, metadata, now, False, after, failure)
 
@@ -256,9 +247,7 @@ class Lifecycle:
     def _check_attempt(self, rollout_id: str, attempt_id: str) -> None:
         self._entry(rollout_id)
         if self.state.attempt(rollout_id, attempt_id) is None:
-            raise StoreError(
-                f"rollout {rollout_id!r} has no attempt {attempt_id!r}; use the ids that dequeue gave"
-            )
+            raise StoreError(f"rollout {rollout_id!r} has no attempt {attempt_id!r}; use the ids that dequeue gave")
 
     def _is_live(self, rollout_id: str, attempt_id: str) -> bool:
         live = self.state.live.get(rollout_id)

@@ -213,8 +213,7 @@ def _header() -> dict[str, Any]:
 def _check_header(path: Path, header: dict[str, Any]) -> None:
     if header.get("format") != _FORMAT or header.get("spans") != SCHEMA_VERSION:
         raise StoreError(
-            f"{path} holds spans of version {header.get('spans')}; "
-            f"this lightning-ray reads version {SCHEMA_VERSION}"
+            f"{path} holds spans of version {header.get('spans')}; this lightning-ray reads version {SCHEMA_VERSION}"
         )
 
 

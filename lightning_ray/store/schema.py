@@ -126,9 +126,7 @@ def _row(span: Mapping[str, Any]) -> dict[str, Any]:
 def _array(field: pa.Field, values: list[Any], rows: list[dict[str, Any]]) -> pa.Array:
     if not field.nullable and None in values:
         row = rows[values.index(None)]
-        raise StoreError(
-            f"span {row['name']!r} of rollout {row['rollout_id']!r} has no {field.name}; it must have one"
-        )
+        raise StoreError(f"span {row['name']!r} of rollout {row['rollout_id']!r} has no {field.name}; it must have one")
     try:
         return pa.array(values, type=field.type)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:

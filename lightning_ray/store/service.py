@@ -69,16 +69,12 @@ class StoreService:
             raise StoreError(f"the store has no call {name!r}")
         return await self._answer(lambda: getattr(self.store, name)(*args))
 
-    async def dequeue(
-        self, timeout: float, limit: int, worker_id: str, request_id: str
-    ) -> list[AttemptedRollout]:
+    async def dequeue(self, timeout: float, limit: int, worker_id: str, request_id: str) -> list[AttemptedRollout]:
         """Lease rollouts; with an empty queue wait up to ``timeout`` seconds, or for the worker's release."""
         loop = asyncio.get_running_loop()
         deadline, releases = loop.time() + timeout, self._releases[worker_id]
         while self._releases[worker_id] == releases:
-            claims = await self._answer(
-                lambda: self.store.dequeue_many_rollouts(limit, worker_id, request_id)
-            )
+            claims = await self._answer(lambda: self.store.dequeue_many_rollouts(limit, worker_id, request_id))
             if claims or loop.time() >= deadline:
                 return claims
             await self._hunger(deadline - loop.time())
@@ -186,9 +182,7 @@ class StoreService:
             _wake(self._hungry.popitem(last=False)[0])
 
     def _ended(self, rollout_ids: Sequence[str]) -> set[str]:
-        return {
-            rollout.rollout_id for rollout in self.store.query_rollouts(sorted(TERMINAL_ROLLOUT), rollout_ids)
-        }
+        return {rollout.rollout_id for rollout in self.store.query_rollouts(sorted(TERMINAL_ROLLOUT), rollout_ids)}
 
 
 class _Wait:

@@ -63,14 +63,10 @@ class RunState:
         entry = self.rollouts.get(rollout_id)
         if entry is None:
             return None
-        return next(
-            (attempt for attempt in reversed(entry.attempts) if attempt.attempt_id == attempt_id), None
-        )
+        return next((attempt for attempt in reversed(entry.attempts) if attempt.attempt_id == attempt_id), None)
 
     def _on_enqueued(self, event: Event) -> None:
-        rollout = Rollout.model_validate(
-            {**event["rollout"], "start_time": event["time"], "status": "queuing"}
-        )
+        rollout = Rollout.model_validate({**event["rollout"], "start_time": event["time"], "status": "queuing"})
         self.rollouts[rollout.rollout_id] = RolloutEntry(rollout)
         self.statuses["queuing"] += 1
         self.queue[rollout.rollout_id] = None

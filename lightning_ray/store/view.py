@@ -42,13 +42,9 @@ class StoreView:
         if rollout_id_in is None:
             chosen = list(entries.values())
         else:
-            chosen = [
-                entries[rollout_id] for rollout_id in dict.fromkeys(rollout_id_in) if rollout_id in entries
-            ]
+            chosen = [entries[rollout_id] for rollout_id in dict.fromkeys(rollout_id_in) if rollout_id in entries]
         return [
-            entry.rollout.model_copy()
-            for entry in chosen
-            if status_in is None or entry.rollout.status in status_in
+            entry.rollout.model_copy() for entry in chosen if status_in is None or entry.rollout.status in status_in
         ]
 
     def query_attempts(self, rollout_id: str) -> list[Attempt]:
@@ -79,9 +75,7 @@ class StoreView:
         state = self._lifecycle.state
         return {
             "rollouts": len(state.rollouts),
-            "rollouts_by_status": {
-                status: count for status, count in sorted(state.statuses.items()) if count
-            },
+            "rollouts_by_status": {status: count for status, count in sorted(state.statuses.items()) if count},
             "queued": len(state.queue),
             "live_attempts": len(state.live),
             "workers": sum(worker_id is not None for worker_id in state.by_worker),
@@ -95,7 +89,5 @@ def open_folder(folder: str | Path) -> StoreView:
     store.
     """
     if not (Path(folder) / "log").is_dir():
-        raise StoreError(
-            f"{folder} holds no span store (no folder 'log' in it); give the store folder of a run"
-        )
+        raise StoreError(f"{folder} holds no span store (no folder 'log' in it); give the store folder of a run")
     return StoreView(folder)

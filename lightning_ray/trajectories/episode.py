@@ -37,7 +37,9 @@ def read_episodes(rollouts: Sequence[Rollout], spans: pa.Table, attempts: dict[s
     """Episodes of finished rollouts, in their order; ``attempts`` names the attempt that counts for each rollout."""
     episodes = {rollout.rollout_id: Episode(rollout) for rollout in rollouts}
     counted = spans.filter(pc.is_in(spans["attempt_id"], pa.array(list(attempts.values()), pa.string())))
-    calls = _calls(counted.filter(pc.is_valid(counted["prompt_ids"])))
+    # A call that was broken off was never answered: nothing the agent did follows from it.
+    answered = pc.and_(pc.is_valid(counted["prompt_ids"]), pc.equal(counted["status"], "OK"))
+    calls = _calls(counted.filter(answered))
     for rollout_id, made in calls.items():
         episode = episodes[rollout_id]
         episode.trajectories = join_calls(made)
