@@ -13,7 +13,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from lightning_ray.evaluation import Evaluation, evaluate
 from lightning_ray.policy.swap import PolicySwapper
 from lightning_ray.progress import Reporter, as_current
 from lightning_ray.run_folder import RunFolder, write_json
+from lightning_ray.run_state import RunState
 from lightning_ray.store.client import Store
 from lightning_ray.trajectories.account import Account
 from lightning_ray.trajectories.episode import Episode, last_attempts, read_episodes
@@ -41,28 +42,6 @@ from lightning_ray.types import (
 WATCH_SECONDS = 5.0
 RESOURCES = {"sampled": {"temperature": 1.0, **NEUTRAL}, "greedy": {"temperature": 0.0, **NEUTRAL}}
 """Resources by id: the policy, sampled from as it is, and its most likely tokens."""
-
-
-@dataclass
-class RunState:
-    """What a resume must know; counters run over the whole run."""
-
-    step: int = 0
-    version: int = 0
-    rollouts: int = 0
-    rollouts_trained: int = 0
-    rollouts_dropped: dict[str, int] = field(default_factory=dict)
-    swaps: int = 0
-    swaps_proved: int = 0
-    swap_ms: list[float] = field(default_factory=list)
-    step_seconds: list[float] = field(default_factory=list)
-    max_logprob_diff: float = 0.0
-    tokens_sampled: int = 0
-    tokens_trained: int = 0
-    seconds: float = 0.0
-    seconds_to_first_step: float | None = None
-    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """``val.greedy_before`` and so on -> figures."""
 
 
 class Run:

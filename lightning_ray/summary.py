@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from lightning_ray.run import RunState
+from lightning_ray.run_state import RunState
 
 MOMENTS = ("before", "after")
 

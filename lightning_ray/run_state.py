@@ -1,0 +1,28 @@
+"""What a run knows of itself: kept with every checkpoint, so that a resume counts on; the summary is made of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class RunState:
+    """What a resume must know; counters run over the whole run."""
+
+    step: int = 0
+    version: int = 0
+    rollouts: int = 0
+    rollouts_trained: int = 0
+    rollouts_dropped: dict[str, int] = field(default_factory=dict)
+    swaps: int = 0
+    swaps_proved: int = 0
+    swap_ms: list[float] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
+    max_logprob_diff: float = 0.0
+    tokens_sampled: int = 0
+    tokens_trained: int = 0
+    seconds: float = 0.0
+    seconds_to_first_step: float | None = None
+    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """``val.greedy_before`` and so on -> figures."""
