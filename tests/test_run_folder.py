@@ -17,8 +17,8 @@ from lightning_ray.data import Epochs
 from lightning_ray.errors import ConfigError
 from lightning_ray.evaluation import Evaluation, evaluate
 from lightning_ray.progress import Reporter, advance, as_current, short_seconds
-from lightning_ray.run_state import RunState
 from lightning_ray.run_folder import KEPT_CHECKPOINTS, RunFolder, write_json
+from lightning_ray.run_state import RunState
 from lightning_ray.summary import summarize, summary_table
 from lightning_ray.trajectories.episode import Episode
 from lightning_ray.types import Rollout
