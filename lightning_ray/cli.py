@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -11,6 +12,19 @@ from lightning_ray.errors import ConfigError, LightningRayError
 from lightning_ray.launch import Launch, launched, parse_setting
 
 INTERRUPTED = 130
+
+
+def entry() -> None:
+    """The process of the command.
+
+    A run that was broken off may have left a thread in the midst of native code, which an orderly end of the
+    interpreter would crash into; all that had to be ended has been by then.
+    """
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        os._exit(code)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -69,4 +83,4 @@ def train(given: argparse.Namespace, arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

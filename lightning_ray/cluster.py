@@ -27,6 +27,7 @@ from lightning_ray.net import free_port
 from lightning_ray.policy.settings import UpdateSettings
 from lightning_ray.policy.swap import PolicySwapper
 from lightning_ray.store.client import StoreClient
+from lightning_ray.threads import in_thread
 from lightning_ray.types import ProxyLLM
 
 LOGICAL_CPUS = 16
@@ -126,7 +127,7 @@ class Cluster:
             return serve.run(application, name=self._name, route_prefix=route)
 
         self._policy = await within(
-            asyncio.to_thread(deploy), settings.startup_timeout_seconds, f"the policy deployment on port {port}"
+            in_thread(deploy), settings.startup_timeout_seconds, f"the policy deployment on port {port}"
         )
         self._swap_timeout = settings.swap_timeout_seconds
         return ProxyLLM(endpoint=f"{serve_address()}{route.rstrip('/')}/v1", model=model_name)
@@ -134,7 +135,7 @@ class Cluster:
     async def replicas(self, method: str, *arguments: Any) -> list[Any]:
         """Call a control method on every live replica of the policy."""
         response = self._policy.broadcast(method, *arguments)
-        return await asyncio.to_thread(response.results, timeout_s=self._swap_timeout)
+        return await in_thread(lambda: response.results(timeout_s=self._swap_timeout))
 
     async def start_trainers(self, settings: UpdateSettings, ranks: int, transfer: str) -> None:
         """The trainer ranks, ready to push weights."""
@@ -193,18 +194,19 @@ class Cluster:
     async def _stop_actors(self) -> None:
         import ray
 
-        await asyncio.gather(*(runner.stop.remote() for runner in self.runners))
-        await asyncio.gather(*self._background)
+        # A part that is dead already must not keep the others from being ended.
+        await asyncio.gather(*(runner.stop.remote() for runner in self.runners), return_exceptions=True)
+        await asyncio.gather(*self._background, return_exceptions=True)
         for runner in self.runners:
             ray.kill(runner)
         if self.trainers is not None:
             self.trainers.stop()
         if self.store is not None:
-            await self._store_actor.close.remote()
+            await asyncio.gather(self._store_actor.close.remote(), return_exceptions=True)
         if self._policy is not None and not self.owned:
             from ray import serve
 
-            await asyncio.to_thread(serve.delete, self._name)
+            await in_thread(serve.delete, self._name)
 
 
 async def together(*work: Any) -> list[Any]:

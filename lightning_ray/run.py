@@ -29,6 +29,7 @@ from lightning_ray.progress import Reporter, as_current
 from lightning_ray.run_folder import RunFolder, write_json
 from lightning_ray.run_state import RunState
 from lightning_ray.store.client import Store
+from lightning_ray.threads import in_thread
 from lightning_ray.trajectories.account import Account
 from lightning_ray.trajectories.episode import Episode, last_attempts, read_episodes
 from lightning_ray.types import (
@@ -125,7 +126,7 @@ class Run:
         folder = self.folder.path / "model"
         if not self._resume:
             with self.reporter.stage("warm start") as stage, as_current(stage):
-                await asyncio.to_thread(settings.model, folder)
+                await in_thread(settings.model, folder)
         return folder
 
     async def _cancel_leftovers(self) -> None:
