@@ -130,15 +130,24 @@ async def test_an_update_and_a_swap_reach_every_replica(run: Run, played: tuple[
 async def test_requests_in_flight_survive_a_swap_with_the_version_of_each_token(run: Run) -> None:
     before = run.state.version
     weights = {before: await snapshot(run)}
-    long = [{"question": f"w{i % 12}", "length": 45} for i in range(24)]
-    playing = asyncio.create_task(run.play_groups(long, 2, sampled=True))
+    long = [{"question": f"w{i % 12}", "length": 45} for i in range(12)]
+    swapped = asyncio.Event()
+
+    async def load() -> list[Episode]:
+        played: list[Episode] = []
+        while not swapped.is_set():
+            played += (await run.play_groups(long, 2, sampled=True))[0]
+        return played
+
+    # Two loads, so that one is sampling while the other begins anew.
+    loads = [asyncio.create_task(load()), asyncio.create_task(load())]
     beside, group = await run.play_groups(TASKS[:2], 4, sampled=True)
     for version in (before + 1, before + 2, before + 3):
-        await asyncio.sleep(0.3)
         await run.update(batch_of(settle(beside, group).trained, group))
         await run.publish(version)
         weights[version] = await snapshot(run)
-    episodes, _ = await playing
+    swapped.set()
+    episodes = [episode for played in await asyncio.gather(*loads) for episode in played]
     assert all(e.rollout.status == "succeeded" for e in episodes)
     rows = [t for e in episodes for t in e.trajectories]
     mixed = [row for row in rows if len(set(row.weight_versions[row.mask == 1])) > 1]
