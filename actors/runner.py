@@ -15,7 +15,7 @@ import ray
 
 from lightning_ray.agent import LitAgent
 from lightning_ray.runner import Runner
-from lightning_ray.store.client import Store
+from lightning_ray.store.base import Store
 
 
 @ray.remote(num_cpus=0.5, max_restarts=-1, max_task_retries=-1)

@@ -23,7 +23,7 @@ from lightning_ray.policy.proof import max_difference
 from lightning_ray.store.schema import spans_to_batch
 
 if TYPE_CHECKING:
-    from lightning_ray.store.client import Store
+    from lightning_ray.store.base import Store
 
 READY_SECONDS = 60.0
 """How long a request waits for a replica to be proved before it is answered 503."""
@@ -85,7 +85,7 @@ class Policy:
         return [part for name, value in arguments.items() for part in (f"--{name}", str(value))] + flags
 
     async def _append(self, rows: list[dict[str, Any]]) -> None:
-        await self.store.add_many_spans(spans_to_batch(rows))
+        await self.store.append_spans(spans_to_batch(rows))
 
     async def _ready(self) -> str | None:
         assert self.capture is not None

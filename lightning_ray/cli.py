@@ -1,4 +1,4 @@
-"""The command line: ``lightning-ray train PATH``."""
+"""The command line: ``lightning-ray train PATH``, ``lightning-ray spans SQL``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lightning_ray.errors import ConfigError, LightningRayError
 from lightning_ray.launch import Launch, launched, parse_setting
+from lightning_ray.spans_command import add_spans_command, spans
 
 INTERRUPTED = 130
 
@@ -32,12 +33,12 @@ def main(arguments: list[str] | None = None) -> int:
     own, script = split(sys.argv[1:] if arguments is None else arguments)
     given = parser().parse_args(own)
     try:
-        return train(given, script)
+        return spans(given) if given.command == "spans" else train(given, script)
     except LightningRayError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+        return 2 if isinstance(error, ConfigError) or given.command == "spans" else 1
     except KeyboardInterrupt:
-        print("interrupted; continue with --resume", file=sys.stderr)
+        print("interrupted" if given.command == "spans" else "interrupted; continue with --resume", file=sys.stderr)
         return INTERRUPTED
 
 
@@ -65,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, e.g. algorithm.steps=5"
     )
+    add_spans_command(commands)
     return top
 
 

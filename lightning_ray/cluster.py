@@ -26,7 +26,9 @@ from lightning_ray.errors import ConfigError, InfrastructureError
 from lightning_ray.net import free_port
 from lightning_ray.policy.settings import UpdateSettings
 from lightning_ray.policy.swap import PolicySwapper
+from lightning_ray.store.base import Store
 from lightning_ray.store.client import StoreClient
+from lightning_ray.store.shards import ShardedStore
 from lightning_ray.threads import in_thread
 from lightning_ray.types import ProxyLLM
 
@@ -68,8 +70,8 @@ class Cluster:
         self.secret = secrets.token_bytes(32)
         self.runners: list[Any] = []
         self.trainers: Any = None
-        self.store: StoreClient | None = None
-        self._store_actor: Any = None
+        self.store: Store | None = None
+        self._store_actors: list[Any] = []
         self._policy: Any = None
         self._background: list[asyncio.Task[None]] = []
         self.failure: asyncio.Future[None] | None = None
@@ -97,12 +99,13 @@ class Cluster:
         ray.init(self.address, **options)
         self.failure = asyncio.get_running_loop().create_future()
 
-    def start_store(self, folder: Path) -> StoreClient:
-        """The run's span store."""
-        from actors.span_store import start
+    def start_store(self, folder: Path, shards: int = 1) -> Store:
+        """The run's span store, of ``shards`` processes, on the cluster's nodes in turn."""
+        from actors.span_store import start_shards
 
-        self._store_actor = start(folder, f"{self._name}-store", lease_seconds=LEASE_SECONDS)
-        self.store = StoreClient(self._store_actor)
+        self._store_actors = start_shards(folder, f"{self._name}-store", shards, lease_seconds=LEASE_SECONDS)
+        clients = [StoreClient(actor) for actor in self._store_actors]
+        self.store = clients[0] if shards == 1 else ShardedStore(clients)
         return self.store
 
     async def start_policy(self, model: Path, model_name: str, settings: EngineSettings) -> ProxyLLM:
@@ -201,8 +204,7 @@ class Cluster:
             ray.kill(runner)
         if self.trainers is not None:
             self.trainers.stop()
-        if self.store is not None:
-            await asyncio.gather(self._store_actor.close.remote(), return_exceptions=True)
+        await asyncio.gather(*(actor.close.remote() for actor in self._store_actors), return_exceptions=True)
         if self._policy is not None and not self.owned:
             from ray import serve
 

@@ -15,12 +15,18 @@ class ConfigError(LightningRayError):
     """A setting, path or data set is unusable; nothing was started."""
 
 
-class StoreError(LightningRayError):
-    """The span store refused a call: unknown rollout, illegal state change, unreadable folder."""
+class StoreError(LightningRayError, ValueError):
+    """The span store refused a call: unknown rollout, illegal state change, unreadable folder.
+
+    A ValueError too, as callers of Agent Lightning's store expect.
+    """
 
 
-class AgentError(LightningRayError):
-    """The user's agent broke its contract: wrong signature, illegal return value."""
+class AgentError(LightningRayError, ValueError):
+    """The user's agent broke its contract: wrong signature, illegal return value.
+
+    A ValueError too, as agents of Agent Lightning expect.
+    """
 
 
 class InfrastructureError(LightningRayError):

@@ -28,7 +28,7 @@ from lightning_ray.policy.swap import PolicySwapper
 from lightning_ray.progress import Reporter, as_current
 from lightning_ray.run_folder import RunFolder, write_json
 from lightning_ray.run_state import RunState
-from lightning_ray.store.client import Store
+from lightning_ray.store.base import Store
 from lightning_ray.threads import in_thread
 from lightning_ray.trajectories.account import Account
 from lightning_ray.trajectories.episode import Episode, last_attempts, read_episodes
@@ -87,7 +87,7 @@ class Run:
         threading.Thread(target=self._sample_memory, daemon=True).start()
         with self.reporter.stage("Ray and span store"):
             self.cluster.start_ray()
-            self.store = self.cluster.start_store(self.folder.store)
+            self.store = self.cluster.start_store(self.folder.store, settings.store_shards)
             await self.store.statistics()
             await self._cancel_leftovers()
         model = await self._model(settings)
@@ -132,7 +132,7 @@ class Run:
     async def _cancel_leftovers(self) -> None:
         """Rollouts that an interrupted run left open are played again under new ids."""
         for rollout in await self.store.query_rollouts(status_in=["queuing", "preparing", "running", "requeuing"]):
-            await self.store.update_rollout(rollout.rollout_id, "cancelled")
+            await self.store.update_rollout(rollout.rollout_id, status="cancelled")
 
     async def _watch_replicas(self) -> None:
         """Give replicas that restarted or joined the current weights."""
@@ -185,7 +185,9 @@ class Run:
         ids = [rollout.rollout_id for rollout in queued]
         settings = self._settings
         deadline = settings.rollout_timeout_seconds * settings.max_attempts + 120.0
-        ended = await self._unless_runners_fail(self.store.wait_for_rollouts(ids, deadline), deadline + 60.0)
+        ended = await self._unless_runners_fail(
+            self.store.wait_for_rollouts(rollout_ids=ids, timeout=deadline), deadline + 60.0
+        )
         if len(ended) < len(ids):
             rollouts = await self.store.query_rollouts(rollout_id_in=ids)
             states = dict(Counter(r.status for r in rollouts if r.status not in TERMINAL_ROLLOUT))
@@ -193,12 +195,12 @@ class Run:
                 f"{len(ids) - len(ended)} of {len(ids)} rollouts did not end within {deadline:.0f} s, by state: "
                 f"{states}; the runners may be stuck: look at them in the Ray dashboard"
             )
-        ended = await self.store.query_rollouts(rollout_id_in=ids)
-        spans = await self.store.query_spans(ids)
+        ended = (await self.store.query_rollouts(rollout_id_in=ids)).items
+        spans = await self.store.scan_spans(ids)
         counting = dict(pairs_of(spans))
         for rollout_id, times in Counter(rollout_id for rollout_id, _ in pairs_of(spans)).items():
             if times > 1:
-                counting |= last_attempts(await self.store.query_attempts(rollout_id))
+                counting |= last_attempts((await self.store.query_attempts(rollout_id)).items)
         return read_episodes(ended, spans, counting)
 
     async def _unless_runners_fail(self, waiting: Any, deadline: float) -> Any:

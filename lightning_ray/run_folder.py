@@ -27,7 +27,7 @@ README = """# Run {name}
 | `tensorboard/` | the same for `tensorboard --logdir` |
 | `config.json` | the resolved settings |
 | `checkpoints/` | models in Hugging Face format, each with the state of its training; `latest` names the last |
-| `store/` | every rollout and span (`lightning_ray.store.open_folder`) |
+| `store/` | every rollout and span: `lightning-ray spans "SELECT ..." FOLDER`, or `lightning_ray.store.open_folder` |
 
 Continue it with `lightning-ray train ... --name {name} --resume`.
 """

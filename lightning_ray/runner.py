@@ -20,7 +20,7 @@ from lightning_ray.agent import LitAgent
 from lightning_ray.capture.keys import Claims, issue_key
 from lightning_ray.emit import emit_exception, emit_reward
 from lightning_ray.errors import AgentError, StoreError
-from lightning_ray.store.client import Store
+from lightning_ray.store.base import Store
 from lightning_ray.store.schema import spans_to_batch
 from lightning_ray.tracing import AttemptTrace, traced
 from lightning_ray.types import AttemptedRollout, NamedResources, ProxyLLM
@@ -57,7 +57,9 @@ class Runner:
                 await self._free.acquire()
                 self._free.release()
                 wanted = self._concurrency - len(self._playing)
-                leased = await self._store.dequeue_many_rollouts(wanted, self._worker_id, LEASE_WAIT_SECONDS)
+                leased = await self._store.dequeue_many_rollouts(
+                    limit=wanted, worker_id=self._worker_id, timeout=LEASE_WAIT_SECONDS
+                )
                 for rollout in leased:
                     await self._free.acquire()
                     self._start(rollout)

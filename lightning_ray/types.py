@@ -5,20 +5,49 @@ Importable in a bare interpreter: no ray, no torch, no vllm.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, Protocol, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, Literal, Protocol, TypeVar, overload
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from lightning_ray.span import Event as Event
+from lightning_ray.span import Link as Link
+from lightning_ray.span import OtelResource as OtelResource
+from lightning_ray.span import Span as Span
+from lightning_ray.span import SpanContext as SpanContext
+from lightning_ray.span import SpanCoreFields as SpanCoreFields
+from lightning_ray.span import SpanStatus as SpanStatus
+from lightning_ray.span import TraceStatus as TraceStatus
 
 RolloutStatus = Literal["queuing", "preparing", "running", "failed", "succeeded", "cancelled", "requeuing"]
 AttemptStatus = Literal["preparing", "running", "failed", "succeeded", "unresponsive", "timeout"]
 RolloutMode = Literal["train", "val", "test"]
+WorkerStatus = Literal["idle", "busy", "unknown"]
+SortOrder = Literal["asc", "desc"]
+FilterLogic = Literal["and", "or"]
 
 TERMINAL_ROLLOUT: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
 TERMINAL_ATTEMPT: frozenset[str] = frozenset({"succeeded", "failed", "timeout", "unresponsive"})
 
 TaskInput = Any
+T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
+
+
+class Unset:
+    """The type of UNSET, which tells an argument left out from an explicit None."""
+
+    def __repr__(self) -> str:
+        return "UNSET"
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __reduce__(self) -> str:
+        return "UNSET"
+
+
+UNSET = Unset()
 
 
 class Dataset(Protocol[T_co]):
@@ -88,10 +117,10 @@ class PromptTemplate(Resource):
     engine: Literal["jinja", "f-string", "poml"] = "f-string"
 
     def format(self, **kwargs: Any) -> str:
-        """Fill the holes. Only ``f-string`` templates are rendered here."""
-        if self.engine != "f-string":
-            raise NotImplementedError(f"PromptTemplate engine {self.engine!r} has no renderer; use 'f-string'")
-        return self.template.format(**kwargs)
+        """Fill the holes. Raises ``templates.TemplateError`` when they cannot be filled, and says why."""
+        from lightning_ray.templates import render
+
+        return render(self.engine, self.template, kwargs)
 
 
 ResourceUnion = LLM | ProxyLLM | PromptTemplate
@@ -168,29 +197,52 @@ class EnqueueRolloutRequest(BaseModel):
     metadata: dict[str, Any] | None = None
 
 
-class SpanStatus(BaseModel):
-    """How a span ended, in OpenTelemetry's terms."""
+class Worker(BaseModel):
+    """What is known of a runner. Times are Unix seconds; the current ids are those of its newest attempt."""
 
-    status_code: Literal["UNSET", "OK", "ERROR"] = "UNSET"
-    description: str | None = None
+    worker_id: str
+    status: WorkerStatus = "unknown"
+    heartbeat_stats: dict[str, Any] | None = None
+    last_heartbeat_time: float | None = None
+    last_dequeue_time: float | None = None
+    last_busy_time: float | None = None
+    last_idle_time: float | None = None
+    current_rollout_id: str | None = None
+    current_attempt_id: str | None = None
 
 
-class Span(BaseModel):
-    """One recorded event or operation of an attempt. Times are Unix seconds."""
+class PaginatedResult(BaseModel, Generic[T]):
+    """One page of a query's answer; behaves as the sequence of its items. ``total`` counts all pages' items,
+    ``limit`` -1 means no limit.
+    """
 
-    rollout_id: str
-    attempt_id: str
-    sequence_id: int
-    trace_id: str
-    span_id: str
-    parent_id: str | None = None
-    name: str
-    status: SpanStatus = Field(default_factory=SpanStatus)
-    attributes: dict[str, Any] = Field(default_factory=dict)
-    events: list[dict[str, Any]] = Field(default_factory=list)
-    links: list[dict[str, Any]] = Field(default_factory=list)
-    start_time: float | None = None
-    end_time: float | None = None
+    items: list[T]
+    limit: int = -1
+    offset: int = 0
+    total: int
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+
+    def __getitem__(self, index: int | slice) -> T | list[T]:
+        return self.items[index]
+
+    def __iter__(self) -> Iterator[T]:  # type: ignore[override]
+        return iter(self.items)
+
+    def __contains__(self, item: object) -> bool:
+        return item in self.items
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Sequence):
+            return self.items == list(other)
+        return super().__eq__(other)
 
 
 Clock = Callable[[], float]

@@ -31,7 +31,7 @@ ENDPOINT = ProxyLLM(endpoint="http://host:1/v1", model="policy", sampling_parame
 
 @pytest.fixture(autouse=True)
 def quick_watch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service_module, "_WATCH_SECONDS", 0.02)
+    monkeypatch.setattr(service_module, "WATCH_SECONDS", 0.02)
 
 
 @pytest.fixture
@@ -60,13 +60,13 @@ async def play(
     queued = await store.enqueue_many_rollouts(requests or [Request(input={})])
     ids = [rollout.rollout_id for rollout in queued]
     async with playing(store, agent, concurrency):
-        ended = await store.wait_for_rollouts(ids, timeout)
+        ended = await store.wait_for_rollouts(rollout_ids=ids, timeout=timeout)
     assert len(ended) == len(ids)
-    return await store.query_rollouts(rollout_id_in=ids)
+    return (await store.query_rollouts(rollout_id_in=ids)).items
 
 
 async def spans_of(store: Any, rollout: lr.Rollout) -> list[Span]:
-    return read_spans(await store.query_spans([rollout.rollout_id]))
+    return read_spans(await store.scan_spans([rollout.rollout_id]))
 
 
 async def rewards_of(store: Any, rollout: lr.Rollout) -> list[Any]:
@@ -184,7 +184,7 @@ async def test_an_annotation_that_cannot_be_stored_fails_the_attempt_by_name(sto
 
     [rollout] = await play(store, agent_of(emitting, True))
     assert rollout.status == "failed" and rollout.metadata is not None
-    assert "a value of type builtins.object" in rollout.metadata["failure"]["reason"]
+    assert "attribute 'bad' is object" in rollout.metadata["failure"]["reason"]
     assert [span.name for span in await spans_of(store, rollout)][-1] == "agentlightning.exception"
     assert (await spans_of(store, rollout))[0].attributes == {"fine": 1}
 
@@ -350,10 +350,10 @@ async def test_a_cancelled_rollout_is_cancelled_in_the_agent(store: Any, quick_h
     [rollout] = await store.enqueue_many_rollouts([Request(input={})])
     async with playing(store, waiting.agent, concurrency=1):
         await asyncio.wait_for(waiting.begun.wait(), 5)
-        await store.update_rollout(rollout.rollout_id, "cancelled")
+        await store.update_rollout(rollout.rollout_id, status="cancelled")
         await asyncio.wait_for(waiting.cancelled.wait(), 5)
         [after] = await store.enqueue_many_rollouts([Request(input={"quick": True})])
-        [ended] = await store.wait_for_rollouts([after.rollout_id], 5)
+        [ended] = await store.wait_for_rollouts(rollout_ids=[after.rollout_id], timeout=5)
         assert ended.status == "succeeded"
     [rollout] = await store.query_rollouts(rollout_id_in=[rollout.rollout_id])
     assert rollout.status == "cancelled"
@@ -363,7 +363,7 @@ async def test_a_rollout_that_takes_too_long_is_ended(store: Any, quick_heart: N
     waiting = Waiting()
     [rollout] = await store.enqueue_many_rollouts([Request(input={}, config=RolloutConfig(timeout_seconds=0.1))])
     async with playing(store, waiting.agent):
-        [ended] = await store.wait_for_rollouts([rollout.rollout_id], 5)
+        [ended] = await store.wait_for_rollouts(rollout_ids=[rollout.rollout_id], timeout=5)
         assert ended.status == "failed" and ended.metadata["failure"]["kind"] == "timeout"
         await asyncio.wait_for(waiting.cancelled.wait(), 5)
 
@@ -379,10 +379,11 @@ async def test_an_agent_that_ends_after_its_timeout_changes_nothing(store: Any) 
 
     [rollout] = await store.enqueue_many_rollouts([Request(input={}, config=RolloutConfig(timeout_seconds=0.1))])
     async with playing(store, agent):
-        await store.wait_for_rollouts([rollout.rollout_id], 5)
+        await store.wait_for_rollouts(rollout_ids=[rollout.rollout_id], timeout=5)
         release.set()
         [after] = await store.enqueue_many_rollouts([Request(input={})])
-        assert [r.status for r in await store.wait_for_rollouts([after.rollout_id], 5)] == ["succeeded"]
+        [ended] = await store.wait_for_rollouts(rollout_ids=[after.rollout_id], timeout=5)
+        assert ended.status == "succeeded"
     [rollout] = await store.query_rollouts(rollout_id_in=[rollout.rollout_id])
     assert rollout.status == "failed" and await rewards_of(store, rollout) == [1.0]
 
@@ -419,15 +420,16 @@ async def flaky(tmp_path: Path) -> AsyncIterator[Flaky]:
 async def test_an_end_that_cannot_be_reported_is_told_and_the_runner_goes_on(
     flaky: Flaky, caplog: pytest.LogCaptureFixture
 ) -> None:
-    flaky.refused = "finish_attempt"
+    flaky.refused = "finish_many_attempts"
     await flaky.enqueue_many_rollouts([Request(input={})])
     async with playing(flaky, agent_of(lambda: 1.0, True), concurrency=1):
         while "could not be reported" not in caplog.text:
             await asyncio.sleep(0.001)
-        assert "finish_attempt is refused" in caplog.text
+        assert "finish_many_attempts is refused" in caplog.text
         flaky.refused = ""
         [after] = await flaky.enqueue_many_rollouts([Request(input={})])
-        assert [r.status for r in await flaky.wait_for_rollouts([after.rollout_id], 5)] == ["succeeded"]
+        [ended] = await flaky.wait_for_rollouts(rollout_ids=[after.rollout_id], timeout=5)
+        assert ended.status == "succeeded"
 
 
 async def test_a_heartbeat_that_fails_is_told_and_tried_again(
@@ -441,7 +443,7 @@ async def test_a_heartbeat_that_fails_is_told_and_tried_again(
         while "heartbeat of runner w-1 failed" not in caplog.text:
             await asyncio.sleep(0.001)
         flaky.refused = ""
-        await flaky.update_rollout(rollout.rollout_id, "cancelled")
+        await flaky.update_rollout(rollout.rollout_id, status="cancelled")
         await asyncio.wait_for(waiting.cancelled.wait(), 5)
 
 

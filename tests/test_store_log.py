@@ -4,84 +4,60 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from lightning_ray.errors import InfrastructureError, StoreError
-from lightning_ray.store import SpanStore, open_folder, spans_to_batch
+from lightning_ray.store import SpanStore, frames, open_folder
 from lightning_ray.store.log import LogWriter, log_path, read_log
 from lightning_ray.types import EnqueueRolloutRequest
-
-
-def batch(rollout_id: str, attempt_id: str, count: int, first: int = 0) -> pa.RecordBatch:
-    return spans_to_batch(
-        {
-            "rollout_id": rollout_id,
-            "attempt_id": attempt_id,
-            "sequence_id": number,
-            "trace_id": "t",
-            "span_id": f"s{number}",
-            "name": "call",
-            "prompt_ids": [number],
-        }
-        for number in range(first, first + count)
-    )
+from tests.store_folders import BY_HAND, LOG_ONLY, batch, content, content_of, enqueue, run
 
 
 def finished(folder: Path, rollouts: int = 2, **settings: Any) -> tuple[list[str], int]:
     """A store in which each rollout has 2 spans, the last written with its end. Returns the ids, and the
     log's size before the last finish.
     """
-    store = SpanStore(folder, **settings)
-    requests = [EnqueueRolloutRequest(rollout_id=f"ro-{index}", input={"q": index}) for index in range(rollouts)]
-    store.enqueue_many_rollouts(requests)
+    store = SpanStore(folder, **{"compaction": LOG_ONLY, **settings})
+    ids = [f"ro-{index}" for index in range(rollouts)]
+    enqueue(store, *ids)
     size = 0
     for claim in store.dequeue_many_rollouts(rollouts, "w"):
-        store.add_many_spans(batch(claim.rollout_id, claim.attempt.attempt_id, 1))
+        store.append_spans(batch(claim.rollout_id, claim.attempt.attempt_id, 1))
         size = log_path(folder, 1).stat().st_size
         spans = batch(claim.rollout_id, claim.attempt.attempt_id, 1, first=1)
-        store.finish_attempt(claim.rollout_id, claim.attempt.attempt_id, "succeeded", spans)
+        store.finish_many_attempts([(claim.rollout_id, claim.attempt.attempt_id, "succeeded", None)], spans)
     store.close()
-    return [request.rollout_id or "" for request in requests], size
-
-
-def state(folder: Path) -> tuple[Any, ...]:
-    view = open_folder(folder)
-    rollouts = view.query_rollouts()
-    ids = [rollout.rollout_id for rollout in rollouts]
-    return (
-        rollouts,
-        [view.query_attempts(i) for i in ids],
-        view.query_spans(ids).to_pylist(),
-        view.statistics(),
-    )
+    return ids, size
 
 
 def test_reopening_restores_everything(tmp_path: Path) -> None:
     ids, _ = finished(tmp_path)
-    before = state(tmp_path)
-    store = SpanStore(tmp_path)
+    before = content_of(tmp_path)
+    store = SpanStore(tmp_path, compaction=LOG_ONLY)
     assert store.notes == []
-    assert store.query_spans(ids).to_pylist() == before[2]
+    assert store.scan_spans(ids).to_pylist() == before["spans"]
     store.close()
-    assert state(tmp_path) == before
-    assert {rollout.status for rollout in before[0]} == {"succeeded"}
+    assert content_of(tmp_path) == before
+    assert {rollout.status for rollout in before["rollouts"]} == {"succeeded"}
 
 
 def test_torn_tail_at_every_byte_of_the_last_record(tmp_path: Path) -> None:
     ids, last = finished(tmp_path)
-    whole = state(tmp_path)
+    whole = content_of(tmp_path)
     path = log_path(tmp_path, 1)
     for cut in range(path.stat().st_size - 1, last - 1, -1):
         os.truncate(path, cut)
         view = open_folder(tmp_path)
         assert len(view.notes) == (cut != last)
-        assert view.query_rollouts(rollout_id_in=ids[:1]) == whole[0][:1]
+        assert view.query_rollouts({"rollout_id_in": ids[:1]}).items == whole["rollouts"][:1]
         assert [rollout.status for rollout in view.query_rollouts()] == ["succeeded", "running"]
-        assert view.query_spans(ids)["span_id"].to_pylist() == ["s0", "s1", "s0"]
+        assert view.scan_spans(ids)["span_id"].to_pylist() == ["s0", "s1", "s0"]
 
 
 @pytest.mark.parametrize("left", [0, 1, 23, 24, 200, 1000])
@@ -91,11 +67,11 @@ def test_a_store_with_a_torn_tail_goes_on(tmp_path: Path, left: int) -> None:
     store = SpanStore(tmp_path)
     assert len(store.notes) == (left != 0)
     attempt = store.query_attempts(ids[1])[0].attempt_id
-    store.finish_attempt(ids[1], attempt, "succeeded", batch(ids[1], attempt, 2))
+    store.finish_many_attempts([(ids[1], attempt, "succeeded", None)], batch(ids[1], attempt, 2))
     store.close()
     view = open_folder(tmp_path)
     assert view.notes == []
-    assert view.query_spans(ids)["span_id"].to_pylist() == ["s0", "s1", "s0", "s1"]
+    assert view.scan_spans(ids)["span_id"].to_pylist() == ["s0", "s1", "s0", "s1"]
 
 
 def test_flipped_byte_in_the_last_record_drops_just_it(tmp_path: Path) -> None:
@@ -144,10 +120,10 @@ def test_a_hole_before_unsynced_records_is_a_torn_tail(tmp_path: Path) -> None:
 def test_files_rotate_and_replay_in_order(tmp_path: Path) -> None:
     ids, _ = finished(tmp_path, rollouts=20, file_bytes=4096)
     assert len(list((tmp_path / "log").iterdir())) > 3
-    assert open_folder(tmp_path).query_spans(ids).num_rows == 40
+    assert open_folder(tmp_path).scan_spans(ids).num_rows == 40
     assert open_folder(tmp_path).table().num_rows == 40
     store = SpanStore(tmp_path, file_bytes=4096)
-    assert [rollout.rollout_id for rollout in store.query_rollouts(["succeeded"])] == ids
+    assert [rollout.rollout_id for rollout in store.query_rollouts({"status_in": ["succeeded"]})] == ids
     store.close()
 
 
@@ -159,11 +135,19 @@ def test_damage_in_a_rotated_file_is_an_error(tmp_path: Path) -> None:
         open_folder(tmp_path)
 
 
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_missing_file_is_an_error(tmp_path: Path, number: int) -> None:
+    finished(tmp_path, rollouts=20, file_bytes=4096)
+    log_path(tmp_path, number).unlink()
+    with pytest.raises(StoreError, match=rf"0000000{number}\.log.*missing"):
+        open_folder(tmp_path)
+
+
 def test_a_crash_while_a_file_is_started(tmp_path: Path) -> None:
     finished(tmp_path)
     log_path(tmp_path, 2).write_bytes(b"\x01\x02\x03")
     store = SpanStore(tmp_path)
-    store.enqueue_many_rollouts([EnqueueRolloutRequest(input=1)])
+    store.enqueue_many_rollouts([EnqueueRolloutRequest(rollout_id="ro-x", input=1)])
     store.close()
     assert open_folder(tmp_path).statistics()["rollouts"] == 3
 
@@ -186,7 +170,7 @@ def test_a_full_disk_stops_the_store_and_loses_nothing_acknowledged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = SpanStore(tmp_path)
-    store.enqueue_many_rollouts([EnqueueRolloutRequest(rollout_id="ro-1", input=1)])
+    enqueue(store, "ro-1")
 
     def full(fd: int, buffers: Any) -> int:
         raise OSError(28, "No space left on device")
@@ -194,9 +178,9 @@ def test_a_full_disk_stops_the_store_and_loses_nothing_acknowledged(
     with monkeypatch.context() as patch:
         patch.setattr("os.writev", full)
         with pytest.raises(InfrastructureError, match="No space left"):
-            store.enqueue_many_rollouts([EnqueueRolloutRequest(rollout_id="ro-2", input=1)])
+            enqueue(store, "ro-2")
     with pytest.raises(InfrastructureError, match="No space left"):
-        store.enqueue_many_rollouts([EnqueueRolloutRequest(rollout_id="ro-3", input=1)])
+        enqueue(store, "ro-3")
     store.close()
     assert [rollout.rollout_id for rollout in open_folder(tmp_path).query_rollouts()] == ["ro-1"]
 
@@ -204,3 +188,60 @@ def test_a_full_disk_stops_the_store_and_loses_nothing_acknowledged(
 def test_a_folder_without_a_store_is_named(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=str(tmp_path)):
         open_folder(tmp_path)
+
+
+class Whole:
+    """A store with segments and a log, and what it held behind each of the log's records."""
+
+    def __init__(self, folder: Path, states: list[dict[str, Any]]) -> None:
+        self.folder, self.states = folder, states
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    folder = tmp_path_factory.mktemp("whole")
+    store = SpanStore(folder, compaction=BY_HAND)
+    for number in range(6):
+        run(store, f"ro-{number}", status=None if number == 2 else "succeeded")
+    store.storage.compact()
+    states = [content(store)]
+    store.observe = lambda events: states.append(content(store))
+    for number in range(6, 9):
+        run(store, f"ro-{number}")
+    store.delete_rollouts(["ro-1", "ro-7"])
+    store.close()
+    return Whole(folder, states)
+
+
+@given(data=st.data())
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_byte_is_lost_nothing_acknowledged_is_lost_silently(whole: Whole, data: st.DataObject) -> None:
+    """Either a prefix of the records is read and the loss is told, or an error names the file."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "store"
+        shutil.copytree(whole.folder, folder)
+        files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "lock")
+        path = data.draw(st.sampled_from(files), "file")
+        content_before = path.read_bytes()
+        position = data.draw(st.integers(0, len(content_before) - 1), "position")
+        if data.draw(st.booleans(), "cut"):
+            path.write_bytes(content_before[:position])
+        else:
+            flip = 1 << data.draw(st.integers(0, 7), "bit")
+            changed = bytes([content_before[position] ^ flip])
+            path.write_bytes(content_before[:position] + changed + content_before[position + 1 :])
+        try:
+            view = open_folder(folder)
+            read = content(view)
+        except StoreError as error:
+            assert path.name in str(error) or path.stem in str(error)
+            return
+        if read != whole.states[-1]:
+            assert path.suffix == ".log"
+            assert any(read == state for state in whole.states)
+            assert len(view.notes) == 1 or position in _record_ends(whole.folder)
+
+
+def _record_ends(folder: Path) -> set[int]:
+    data = [memoryview(path.read_bytes()) for path in (folder / "log").iterdir()]
+    return {0} | {frame.end for log in data for frame in frames.frames(log)}

@@ -285,7 +285,7 @@ def test_the_reasons_are_those_that_the_store_gives() -> None:
         lifecycle.enqueue([EnqueueRolloutRequest(input={}, rollout_id="x", config=RolloutConfig())], 0.0)
         for status, metadata in ends:
             [lease] = lifecycle.dequeue(1, "w", None, 0.0)
-            lifecycle.finish("x", lease.attempt.attempt_id, status, metadata, 0.0)
+            lifecycle.finish([("x", lease.attempt.attempt_id, status, metadata)], 0.0)
         ended = Episode(lifecycle.rollout("x"), calls=1)
         assert ended.rollout.status == "failed" and dropped(ended) == {"x": reason}
 

@@ -45,6 +45,8 @@ class GRPO(Algorithm):
     steps: int = Field(default=30, ge=0)
     ranks: int = Field(default=2, ge=1)
     """Trainer ranks, sharded by FSDP2."""
+    store_shards: int = Field(default=1, ge=1)
+    """Processes that hold the rollouts and spans, on the nodes in turn; a run's folder keeps its number."""
     learning_rate: float = Field(default=1e-6, gt=0)
     warmup_steps: int = Field(default=5, ge=0)
     betas: tuple[float, float] = (0.9, 0.99)

@@ -71,7 +71,7 @@ class CapturedRequest:
             {
                 "rollout_id": self.rollout_id,
                 "attempt_id": self.attempt_id,
-                "sequence_id": index,
+                "sequence_id": 0,
                 "trace_id": self.trace_id,
                 "span_id": uuid.uuid4().hex[:16],
                 "parent_id": None,
@@ -88,7 +88,7 @@ class CapturedRequest:
                 "finish_reason": sequence.finish_reason,
                 "attributes": attributes,
             }
-            for index, sequence in enumerate(self.sequences[first:], first)
+            for sequence in self.sequences[first:]
         ]
 
 

@@ -1,8 +1,8 @@
 """The span store: rollouts, their attempts and their spans, durable in a folder.
 
 ``SpanStore`` is the single writer of a folder, synchronous and single-threaded; what its calls return is
-durable, and every call may be resent. It replays the log on opening, so a store that was killed stands where
-it stood. Waiting, group commits and the pace of the watchdog are the service's matter.
+durable, and every call may be resent. Each call is decided (lifecycle), then written (storage), then
+answered. Waiting, group commits and the pace of the watchdog are the service's matter.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +18,35 @@ import pyarrow as pa
 
 from lightning_ray.errors import StoreError
 from lightning_ray.store.index import Admitted
-from lightning_ray.store.lifecycle import new_id
-from lightning_ray.store.log import Event, Fsync, LogWriter
+from lightning_ray.store.lifecycle import Ending, Lifecycle
+from lightning_ray.store.log import Event, Fsync
+from lightning_ray.store.reading import StoreReader
 from lightning_ray.store.schema import encode_batch
-from lightning_ray.store.view import StoreView
+from lightning_ray.store.state import RunState
+from lightning_ray.store.storage import FILE_BYTES, Compaction, Storage
 from lightning_ray.types import (
     TERMINAL_ROLLOUT,
+    Attempt,
     AttemptedRollout,
     Clock,
     EnqueueRolloutRequest,
     NamedResources,
     ResourcesUpdate,
     Rollout,
+    Worker,
 )
 
 _LOCK_SECONDS = 10.0
 
 
-class SpanStore(StoreView):
-    """The one writer of a folder.
+class SpanStore(StoreReader):
+    """The one writer of a folder. What the calls do is told in ``lightning_ray.store.base``.
 
     With ``fsync="group"`` calls return after their record is on disk, with ``"none"`` after the operating
-    system has it (safe against kill -9, not against power loss). A log file is followed by the next at about
-    ``file_bytes``. Raises StoreError if another process writes the folder, or the log is damaged.
+    system has it (safe against kill -9, not against power loss). ``lease_seconds`` is how long a worker may
+    be silent, ``retention_seconds`` how long a rollout is kept after its end (None: for ever). A log file is
+    followed by the next at about ``file_bytes``, and made into segments as ``compaction`` tells. Raises
+    StoreError if another process writes the folder, or its files are damaged.
     """
 
     def __init__(
@@ -50,123 +56,151 @@ class SpanStore(StoreView):
         fsync: Fsync = "group",
         *,
         lease_seconds: float = 60.0,
-        file_bytes: int = 256 * 2**20,
+        retention_seconds: float | None = None,
+        file_bytes: int = FILE_BYTES,
+        compaction: Compaction | None = None,
     ) -> None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(Path(folder))
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self.folder)
         try:
-            super().__init__(folder, lease_seconds=lease_seconds, repair=True)
-            self._log = LogWriter(self.folder, fsync, file_bytes)
+            state = RunState()
+            self.storage = Storage(self.folder, state, fsync=fsync, file_bytes=file_bytes, settings=compaction)
         except BaseException:
             os.close(self._lock)
             raise
+        super().__init__(state, self.storage.index)
+        self.notes = self.storage.notes
         self.defer_sync = False
         """Whether syncing is left to who calls ``sync_job``."""
         self.observe: Callable[[list[Event]], None] = lambda events: None
         """Called with the events of each record, once it is written."""
         self._clock = clock
+        self._opened = time.monotonic()
+        self._lifecycle = Lifecycle(lease_seconds, retention_seconds=retention_seconds, state=state)
         self._lifecycle.reopened(clock())
         self._commit()
 
     @property
     def records(self) -> int:
         """Records written since opening."""
-        return self._log.records
+        return self.storage.records
 
     @property
     def queued(self) -> int:
         """Rollouts that wait for a worker."""
-        return len(self._lifecycle.state.queue)
+        return len(self.state.queue)
 
     def enqueue_many_rollouts(self, requests: Sequence[EnqueueRolloutRequest]) -> list[Rollout]:
-        """Queue rollouts, with the latest resources unless they name others.
-
-        One whose ``rollout_id`` is known is answered as it stands. Raises StoreError for unknown resources.
-        """
+        """Queue rollouts, with the latest resources unless they name others."""
         rollouts = self._lifecycle.enqueue(requests, self._clock())
         self._commit()
         return rollouts
 
-    def dequeue_many_rollouts(
-        self, limit: int, worker_id: str, request_id: str | None = None
-    ) -> list[AttemptedRollout]:
-        """Lease up to ``limit`` queued rollouts to a worker, oldest first, each with a new attempt.
+    def start_rollout(
+        self, request: EnqueueRolloutRequest, attempt_id: str, worker_id: str | None = None
+    ) -> AttemptedRollout:
+        """Create a rollout and begin its first attempt."""
+        started = self._lifecycle.start(request, attempt_id, worker_id, self._clock())
+        self._commit()
+        return started
 
-        The same ``request_id`` again is given the same claims, as far as they still are at work.
-        """
+    def start_attempt(self, rollout_id: str, attempt_id: str, worker_id: str | None = None) -> AttemptedRollout:
+        """Begin a further attempt of a rollout."""
+        started = self._lifecycle.start_attempt(rollout_id, attempt_id, worker_id, self._clock())
+        self._commit()
+        return started
+
+    def dequeue_many_rollouts(
+        self, limit: int, worker_id: str | None = None, request_id: str | None = None
+    ) -> list[AttemptedRollout]:
+        """Lease up to ``limit`` queued rollouts, oldest first, each with a new attempt."""
         claims = self._lifecycle.dequeue(limit, worker_id, request_id, self._clock())
         self._commit()
         return claims
 
-    def add_many_spans(self, batch: pa.RecordBatch, encoded: pa.Buffer | None = None) -> None:
-        """Store spans, each once by (rollout, attempt, span id).
+    def append_spans(self, batch: pa.RecordBatch, encoded: pa.Buffer | None = None) -> list[int]:
+        """Store spans; returns the rows that were there.
 
-        ``encoded`` is the batch as ``encode_batch`` gave it, if at hand. Raises StoreError naming attempts
-        the store does not know, after the other rows were stored.
+        ``encoded`` is the batch as ``encode_batch`` gave it, if at hand.
         """
-        admitted = self._index.admit(batch, lambda *ids: self._lifecycle.state.attempt(*ids) is not None)
+        admitted = self.index.admit(batch, self._is_known, self._lifecycle.last_sequence)
+        self._lifecycle.spans_arrived(admitted.runs, self._clock())
         self._commit(admitted, _encoded(batch, admitted, encoded))
         if admitted.unknown:
             raise StoreError(
-                f"spans of unknown attempts were refused: {admitted.unknown[:5]}; use the ids dequeue gave"
+                f"spans of unknown rollouts or attempts were refused: {admitted.unknown[:5]}; use the ids dequeue gave"
             )
+        return admitted.left_out
 
-    def finish_attempt(
-        self,
-        rollout_id: str,
-        attempt_id: str,
-        status: str,
-        spans: pa.RecordBatch | None = None,
-        metadata: dict[str, Any] | None = None,
-        encoded: pa.Buffer | None = None,
-    ) -> Rollout:
-        """End an attempt and store its last spans, both or neither. Returns the rollout as it then stands.
+    def get_many_span_sequence_ids(self, rollout_attempt_ids: Sequence[tuple[str, str]]) -> list[int]:
+        """The next span number for each (rollout, attempt) id."""
+        numbers = self._lifecycle.next_sequences(rollout_attempt_ids, self._clock())
+        self._commit()
+        return numbers
 
-        An attempt that has ended stays as it is; its spans are stored all the same. ``metadata`` with
-        ``infrastructure: True`` (and a ``reason``) marks a failure that is not the agent's: it is not
-        counted. Raises StoreError for an unknown attempt, a status that ends nothing, or spans of another
-        attempt.
-        """
+    def finish_many_attempts(
+        self, finishes: Sequence[Ending], spans: pa.RecordBatch | None = None, encoded: pa.Buffer | None = None
+    ) -> list[Rollout]:
+        """End attempts and store their last spans, all or nothing. Returns their rollouts as they then stand."""
         admitted = body = None
         if spans is not None and spans.num_rows:
-            admitted = self._index.admit(spans, lambda *ids: ids == (rollout_id, attempt_id))
+            ending = {(rollout_id, attempt_id) for rollout_id, attempt_id, _status, _metadata in finishes}
+            admitted = self.index.admit(
+                spans, lambda *ids: ids in ending and self._is_known(*ids), self._lifecycle.last_sequence
+            )
             if admitted.unknown:
                 raise StoreError(
-                    f"finish_attempt of {rollout_id} came with spans of {admitted.unknown[:5]}; "
-                    "send those with add_many_spans"
+                    f"attempts were to be finished with spans of others, {admitted.unknown[:5]}; send those with "
+                    "append_spans"
                 )
             body = _encoded(spans, admitted, encoded)
-        rollout = self._lifecycle.finish(rollout_id, attempt_id, status, metadata, self._clock())
+        rollouts = self._lifecycle.finish(finishes, self._clock(), admitted.runs if admitted is not None else ())
         self._commit(admitted, body)
-        return rollout
+        return rollouts
 
-    def update_rollout(self, rollout_id: str, status: str) -> Rollout:
-        """Cancel a rollout (``"cancelled"``); one that has ended stays as it is, see the answer's status."""
-        rollout = self._lifecycle.update(rollout_id, status, self._clock())
+    def update_rollout(self, rollout_id: str, changes: Mapping[str, Any]) -> Rollout:
+        """Change a rollout's fields (``input``, ``mode``, ``resources_id``, ``status``, ``config``,
+        ``metadata``).
+        """
+        rollout = self._lifecycle.update_rollout(rollout_id, changes, self._clock())
         self._commit()
         return rollout
 
+    def update_attempt(self, rollout_id: str, attempt_id: str, changes: Mapping[str, Any]) -> Attempt:
+        """Change an attempt's fields (``status``, ``worker_id``, ``last_heartbeat_time``, ``metadata``)."""
+        attempt = self._lifecycle.update_attempt(rollout_id, attempt_id, changes, self._clock())
+        self._commit()
+        return attempt
+
+    def update_worker(self, worker_id: str, heartbeat_stats: Mapping[str, Any] | None = None) -> Worker:
+        """Note a sign of life of a worker, and how it is."""
+        worker = self._lifecycle.update_worker(worker_id, heartbeat_stats, self._clock())
+        self._commit()
+        return worker
+
     def heartbeat(self, worker_id: str, attempts: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
         """Renew the leases of the (rollout, attempt) ids a worker is at; returns those it is to stop."""
-        return self._lifecycle.heartbeat(worker_id, attempts, self._clock())
+        stop = self._lifecycle.heartbeat(worker_id, attempts, self._clock())
+        self._commit()
+        return stop
 
     def release_worker(self, worker_id: str, reason: str) -> list[str]:
-        """Take back what a dead worker was at, not counted as the agent's failure; returns the rollouts' ids.
-
-        A worker that is started again takes a new id.
-        """
+        """Take back what a dead worker was at, not counted as the agent's failure; returns the rollouts' ids."""
         rollout_ids = self._lifecycle.release_worker(worker_id, reason, self._clock())
         self._commit()
         return rollout_ids
 
+    def delete_rollouts(self, rollout_ids: Sequence[str]) -> list[str]:
+        """Remove rollouts with all their attempts and spans; returns the ids that were there."""
+        deleted = self._lifecycle.delete(rollout_ids, self._clock())
+        self._commit()
+        return deleted
+
     def tick(self) -> None:
-        """Look after timeouts, unresponsive agents and silent workers; to be called about once a second."""
+        """Look after timeouts, unresponsive agents, silent workers and retention; for about once a second."""
         self._lifecycle.tick(self._clock())
         self._commit()
-
-    def add_resources(self, resources: NamedResources) -> ResourcesUpdate:
-        """Publish resources under a new id."""
-        return self.update_resources(new_id("rs"), resources)
 
     def update_resources(self, resources_id: str, resources: NamedResources) -> ResourcesUpdate:
         """Publish resources under an id, as the latest; the same content again is no new version."""
@@ -174,31 +208,45 @@ class SpanStore(StoreView):
         self._commit()
         return update
 
+    def statistics(self) -> dict[str, Any]:
+        """As of any reader, and the seconds since opening and the folder's size."""
+        return {
+            "name": type(self).__name__,
+            **super().statistics(),
+            "uptime": time.monotonic() - self._opened,
+            "disk_bytes": self.storage.disk_bytes,
+        }
+
     def sync_job(self) -> Callable[[], None] | None:
         """What makes all calls so far durable, to be called once, in any thread; None if they are."""
-        return self._log.sync_job()
+        return self.storage.sync_job()
+
+    def maintain(self) -> None:
+        """Have the storage look after itself, in the background; for about once a second."""
+        self.storage.maintain()
 
     def close(self) -> None:
         """Make all durable and let go of the folder."""
-        self._log.close()
+        self.storage.close()
         os.close(self._lock)
 
+    def _is_known(self, rollout_id: str, attempt_id: str) -> bool:
+        return self.state.attempt(rollout_id, attempt_id) is not None
+
     def _commit(self, admitted: Admitted | None = None, body: pa.Buffer | None = None) -> None:
-        if admitted is not None and body is not None:
-            self._lifecycle.spans_arrived(admitted.runs, self._clock())
         events = self._lifecycle.take_events()
         if events:
-            ref = self._log.append(events, body)
-            if admitted is not None and ref is not None:
-                self._index.add(ref, admitted.runs)
-                self._index.remember(admitted.ids)
+            self.storage.append(events, body, admitted.runs if admitted is not None else [])
+            if admitted is not None:
+                self.index.remember(admitted.ids)
             if not self.defer_sync:
-                self._log.sync()
+                self.storage.sync()
             self.observe(events)
         touched = [event["rollout_id"] for event in events if "rollout_status" in event]
-        for rollout_id in [*touched, *(admitted.ids if admitted else ())]:
-            if self._lifecycle.state.rollouts[rollout_id].rollout.status in TERMINAL_ROLLOUT:
-                self._index.forget(rollout_id)
+        for rollout_id in [*touched, *(admitted.ids if admitted is not None else ())]:
+            entry = self.state.rollouts.get(rollout_id)
+            if entry is None or entry.rollout.status in TERMINAL_ROLLOUT:
+                self.index.forget(rollout_id)
 
 
 def _encoded(batch: pa.RecordBatch, admitted: Admitted, encoded: pa.Buffer | None) -> pa.Buffer | None:

@@ -56,6 +56,12 @@ def pack_frame(
     return [_CRC.pack(crc), rest, head, gap, body, bytes(padding(length))], HEADER_BYTES + len(head) + len(gap)
 
 
+def size_of(head: bytes) -> int:
+    """The bytes of a frame without a body."""
+    length = len(head) + padding(len(head))
+    return HEADER_BYTES + length
+
+
 def frame_at(data: memoryview, offset: int) -> Frame | None:
     """The frame that starts at ``offset``, or None if no whole one does."""
     if offset + HEADER_BYTES > len(data):

@@ -10,7 +10,7 @@ may read.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from lightning_ray.errors import InfrastructureError, StoreError
 from lightning_ray.store import frames
 from lightning_ray.store.packing import pack, unpack
 from lightning_ray.store.schema import SCHEMA_VERSION, SPAN_SCHEMA
+from lightning_ray.store.sealed import sync_folder
 
 Fsync = Literal["group", "none"]
 Event = dict[str, Any]
@@ -38,8 +39,9 @@ class BodyRef:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One replayed record."""
+    """One replayed record, and the number of its file."""
 
+    number: int
     events: list[Event]
     body: BodyRef | None
 
@@ -54,12 +56,13 @@ def log_numbers(folder: Path) -> list[int]:
     return sorted(int(path.stem) for path in (folder / "log").glob("*.log"))
 
 
-def read_log(folder: Path, notes: list[str], repair: bool) -> Iterator[Record]:
-    """Replay all whole records in order. What a torn tail lost is told in ``notes``; ``repair`` cuts it off.
+def read_log(folder: Path, notes: list[str], repair: bool, numbers: Sequence[int] | None = None) -> Iterator[Record]:
+    """Replay all whole records in order, of all files or those of the given ``numbers``, the last included.
 
-    Raises StoreError if a record that had been acknowledged is damaged, or a file is of another version.
+    What a torn tail lost is told in ``notes``; ``repair`` cuts it off. Raises StoreError if a record that had
+    been acknowledged is damaged, or a file is of another version.
     """
-    numbers = log_numbers(folder)
+    numbers = log_numbers(folder) if numbers is None else numbers
     for number in numbers:
         path = log_path(folder, number)
         size = path.stat().st_size
@@ -71,7 +74,7 @@ def read_log(folder: Path, notes: list[str], repair: bool) -> Iterator[Record]:
                 _check_header(path, unpack(frame.head))
                 continue
             body = BodyRef(number, frame.body_offset, frame.body_length) if frame.body_length else None
-            yield Record(unpack(frame.head), body)
+            yield Record(number, unpack(frame.head), body)
         if end == size:
             continue
         if number != numbers[-1] or frames.was_acknowledged(data, end):
@@ -90,14 +93,14 @@ class LogWriter:
     Of one thread, but for sync jobs, which may run in any.
     """
 
-    def __init__(self, folder: Path, fsync: Fsync, file_bytes: int) -> None:
+    def __init__(self, folder: Path, fsync: Fsync, file_bytes: int, number: int = 1) -> None:
         if fsync not in ("group", "none"):
             raise StoreError(f"fsync is {fsync!r}; it must be 'group' or 'none'")
         self.records = 0
         """Records appended by this writer."""
         self._folder, self._fsync, self._file_bytes = folder, fsync, file_bytes
         self._failure: OSError | None = None
-        self._number = max(log_numbers(folder), default=1)
+        self._number = max(log_numbers(folder), default=number)
         self._size = 0
         self._synced = (self._number, 0)
         self._open()
@@ -115,6 +118,21 @@ class LogWriter:
         self.records += 1
         return BodyRef(self._number, offset, body.size) if body else None
 
+    @property
+    def number(self) -> int:
+        """The number of the file that is written."""
+        return self._number
+
+    @property
+    def has_records(self) -> bool:
+        """Whether there are records in the file that is written."""
+        return self._size > self._header_bytes
+
+    def rotate(self) -> None:
+        """Close the file and go on in the next. Raises InfrastructureError if the disk refuses."""
+        self._check()
+        self._rotate()
+
     def sync_job(self) -> Callable[[], None] | None:
         """What makes all appended so far durable, to be called once, in any thread; None if it is."""
         self._check()
@@ -130,7 +148,7 @@ class LogWriter:
                 self._check()
             finally:
                 os.close(fd)
-            self._synced = (number, size)
+            self._synced = max(self._synced, (number, size))
 
         return job
 
@@ -146,16 +164,22 @@ class LogWriter:
             self.sync()
         os.close(self._fd)
 
+    def remove(self) -> None:
+        """Remove the file that was written, after it was closed; for one without records."""
+        log_path(self._folder, self._number).unlink()
+
     def _open(self) -> None:
         path = log_path(self._folder, self._number)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self._size = os.fstat(self._fd).st_size
+        head = pack(_header(), "the log's header")
+        self._header_bytes = frames.size_of(head)
         if not self._size:
-            self._write(frames.FILE_HEADER, pack(_header(), "the log's header"), None)
+            self._write(frames.FILE_HEADER, head, None)
         if self._fsync == "group":
             os.fsync(self._fd)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         self._synced = (self._number, self._size)
 
     def _rotate(self) -> None:
@@ -193,11 +217,16 @@ class BodyReader:
         self._folder = folder
         self._maps: dict[int, pa.MemoryMappedFile] = {}
 
+    def open(self, number: int) -> pa.MemoryMappedFile:
+        """A log file, as long as it was when it was first asked for."""
+        mapped = self._maps.get(number)
+        if mapped is None:
+            mapped = self._maps[number] = pa.memory_map(str(log_path(self._folder, number)))
+        return mapped
+
     def read(self, ref: BodyRef) -> pa.Buffer:
         """The bytes of a body, not copied."""
-        mapped = self._maps.get(ref.number)
-        if mapped is None or mapped.size() < ref.offset + ref.length:
-            mapped = self._maps[ref.number] = pa.memory_map(str(log_path(self._folder, ref.number)))
+        mapped = self.open(ref.number)
         mapped.seek(ref.offset)
         return mapped.read_buffer(ref.length)
 
@@ -224,11 +253,3 @@ def _write_all(fd: int, buffers: list[bytes | memoryview]) -> int:
         rest = memoryview(b"".join(buffers))[written:]
         written += os.write(fd, rest)
     return total
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -13,6 +13,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from lightning_ray.errors import StoreError
+from lightning_ray.span import SpanPart
 
 
 def pack(value: Any, what: str) -> bytes:
@@ -28,7 +29,23 @@ def unpack(data: bytes | memoryview) -> Any:
     return msgpack.unpackb(data, strict_map_key=False)
 
 
+def unpack_foreign(data: bytes | memoryview) -> Any:
+    """As ``unpack``, for bytes that others made. Raises ValueError for all that is no msgpack, or has extension
+    types, which ``pack`` never makes.
+    """
+    try:
+        return msgpack.unpackb(data, strict_map_key=False, ext_hook=_refuse_extension)
+    except (TypeError, RecursionError) as error:
+        raise ValueError(str(error)) from error
+
+
+def _refuse_extension(code: int, data: bytes) -> Any:
+    raise ValueError(f"it has an extension type ({code})")
+
+
 def _plain(value: Any) -> Any:
+    if isinstance(value, SpanPart):
+        return {**value.__dict__, **(value.__pydantic_extra__ or {})}
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, np.ndarray):

@@ -1,93 +1,102 @@
-"""The reading half of the store: what a run's folder holds, with or without a process behind it.
+"""A store's folder for reading, with or without a process behind it.
 
-The log is replayed on opening; later records of a writer at work are not seen. Nothing is changed in the
-folder. Spans are read in place from the log's files.
+What the folder holds is read on opening; later records of a writer at work are not seen, and nothing is changed.
+A writer that compacts meanwhile removes files: then the folder is read anew, and may have more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import pyarrow as pa
 
 from lightning_ray.errors import StoreError
 from lightning_ray.store.index import SpanIndex
-from lightning_ray.store.lifecycle import Lifecycle
-from lightning_ray.store.log import read_log
-from lightning_ray.types import Attempt, ResourcesUpdate, Rollout
+from lightning_ray.store.loading import load, missing
+from lightning_ray.store.log import log_numbers
+from lightning_ray.store.manifest import Manifest, check_whole, manifest_path, read_manifest
+from lightning_ray.store.reading import StoreReader
+from lightning_ray.store.state import RunState
+
+if TYPE_CHECKING:
+    import pyarrow.dataset as ds
+
+    from lightning_ray.store.shard_folder import ShardedView
+
+T = TypeVar("T")
+_OPENING_SECONDS = 30.0
 
 
-class StoreView:
-    """What a store's folder holds, read once on opening. Raises StoreError for a damaged log."""
+class StoreView(StoreReader):
+    """What a store's folder holds. Raises StoreError for damaged files."""
 
-    def __init__(self, folder: str | Path, *, lease_seconds: float = 60.0, repair: bool = False) -> None:
+    def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.notes: list[str] = []
-        """What the replay had to drop, in words."""
-        self._lifecycle = Lifecycle(lease_seconds)
-        self._index = SpanIndex(self.folder)
-        for record in read_log(self.folder, self.notes, repair):
-            for event in record.events:
-                self._lifecycle.state.apply(event)
-                if event["kind"] == "spans" and record.body is not None:
-                    self._index.add(record.body, event["runs"])
+        super().__init__(RunState(), SpanIndex(self.folder))
+        self._manifest = Manifest()
+        self._again(self._open, opening=True)
 
-    def query_rollouts(
-        self, status_in: Sequence[str] | None = None, rollout_id_in: Sequence[str] | None = None
-    ) -> list[Rollout]:
-        """The rollouts that pass both filters; in order of enqueueing, or of the ids if there are any."""
-        entries = self._lifecycle.state.rollouts
-        if rollout_id_in is None:
-            chosen = list(entries.values())
-        else:
-            chosen = [entries[rollout_id] for rollout_id in dict.fromkeys(rollout_id_in) if rollout_id in entries]
-        return [
-            entry.rollout.model_copy() for entry in chosen if status_in is None or entry.rollout.status in status_in
-        ]
-
-    def query_attempts(self, rollout_id: str) -> list[Attempt]:
-        """The rollout's attempts, in order. Raises StoreError if it is unknown."""
-        return self._lifecycle.attempts(rollout_id)
-
-    def query_spans(self, rollout_id_in: Sequence[str]) -> pa.Table:
-        """The spans of the rollouts (SPAN_SCHEMA), one rollout after the other, each in order of arrival; all
-        attempts.
-        """
-        return self._index.table(list(rollout_id_in))
+    def scan_spans(
+        self, rollout_ids: Sequence[str], attempt_id: str | None = None, columns: Sequence[str] | None = None
+    ) -> pa.Table:
+        return self._again(lambda: super(StoreView, self).scan_spans(rollout_ids, attempt_id, columns))
 
     def table(self) -> pa.Table:
-        """All spans (SPAN_SCHEMA), in order of arrival, read in place from the log."""
-        return self._index.whole_table()
+        """All spans (SPAN_SCHEMA), in no particular order of rollouts."""
+        return self._again(lambda: self.index.whole_table())
 
-    def get_resources_by_id(self, resources_id: str) -> ResourcesUpdate | None:
-        """The resources published last under that id, or None."""
-        return self._lifecycle.state.resources.get(resources_id)
+    def span_dataset(self, columns: Sequence[str] | None = None) -> list[ds.Dataset | pa.Table]:
+        """All spans: datasets and tables for a query engine, in no particular order. Those with a writer
+        behind them are to be read soon.
+        """
+        return self._again(lambda: self.index.dataset(columns))
 
-    def get_latest_resources(self) -> ResourcesUpdate | None:
-        """The resources published last, or None."""
-        latest = self._lifecycle.state.latest_resources_id
-        return None if latest is None else self._lifecycle.state.resources[latest]
+    def refresh(self) -> None:
+        """Open the folder anew, for what came later."""
+        self._again(self._open, opening=True)
 
-    def statistics(self) -> dict[str, Any]:
-        """Counts: rollouts (in all and by status), queued, live attempts, spans; and the replay's notes."""
-        state = self._lifecycle.state
-        return {
-            "rollouts": len(state.rollouts),
-            "rollouts_by_status": {status: count for status, count in sorted(state.statuses.items()) if count},
-            "queued": len(state.queue),
-            "live_attempts": len(state.live),
-            "workers": sum(worker_id is not None for worker_id in state.by_worker),
-            "spans": self._index.spans,
-            "notes": list(self.notes),
-        }
+    def _open(self) -> None:
+        manifest = read_manifest(self.folder)
+        state, index, notes = RunState(), SpanIndex(self.folder), list[str]()
+        check_whole(self.folder, manifest, log_numbers(self.folder))
+        load(self.folder, manifest, state, index, notes, repair=False)
+        index.hold()
+        self.state, self.index, self.notes, self._manifest = state, index, notes, manifest
+
+    def _again(self, read: Callable[[], T], opening: bool = False) -> T:
+        """Do it; if the writer replaced files under it, open the folder anew and do it again."""
+        deadline = time.monotonic() + _OPENING_SECONDS
+        while True:
+            before = read_manifest(self.folder) if opening else self._manifest
+            try:
+                return read()
+            except (FileNotFoundError, StoreError) as error:
+                if time.monotonic() > deadline or read_manifest(self.folder) == before:
+                    if isinstance(error, StoreError):
+                        raise
+                    raise missing(self.folder, error) from error
+            if not opening:
+                self._again(self._open, opening=True)
 
 
-def open_folder(folder: str | Path) -> StoreView:
-    """A finished (or running) run's store, for reading only. Raises StoreError if the folder holds no
-    store.
+def open_folder(folder: str | Path) -> StoreView | ShardedView:
+    """A finished (or running) run's store, for reading only; one of several shards as one. Raises StoreError if
+    the folder holds no store.
     """
-    if not (Path(folder) / "log").is_dir():
-        raise StoreError(f"{folder} holds no span store (no folder 'log' in it); give the store folder of a run")
+    from lightning_ray.store.shard_folder import ShardedView, is_sharded
+
+    if is_sharded(Path(folder)):
+        return ShardedView(folder)
+    if not holds_store(Path(folder)):
+        raise StoreError(
+            f"{folder} holds no span store (no folder 'log' and no manifest.json in it); give the store folder of a run"
+        )
     return StoreView(folder)
+
+
+def holds_store(folder: Path) -> bool:
+    """Whether the folder is that of a single store."""
+    return (folder / "log").is_dir() or manifest_path(folder).exists()

@@ -77,7 +77,7 @@ async def test_every_rollout_is_one_trajectory_with_the_tools_tokens_masked(
     run: Run, played: tuple[list[Episode], dict[str, str]]
 ) -> None:
     episodes, _ = played
-    spans = await run.store.query_spans([episode.rollout_id for episode in episodes])
+    spans = await run.store.scan_spans([episode.rollout_id for episode in episodes])
     calls = spans.filter(pc.is_valid(spans["prompt_ids"]))
     for episode in episodes:
         assert episode.rollout.status == "succeeded" and episode.reward is not None
