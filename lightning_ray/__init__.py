@@ -3,11 +3,32 @@
 Importing this needs neither ray, torch nor vllm: agents can be written and type-checked anywhere.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from lightning_ray.agent import FunctionalLitAgent, LitAgent, llm_rollout, prompt_rollout, rollout
 from lightning_ray.algorithms.base import Algorithm
 from lightning_ray.algorithms.grpo import GRPO
 from lightning_ray.config import EngineSettings
-from lightning_ray.emit import emit_annotation, emit_exception, emit_reward
+from lightning_ray.emitter import (
+    OperationContext,
+    emit_annotation,
+    emit_exception,
+    emit_message,
+    emit_object,
+    emit_reward,
+    find_final_reward,
+    find_reward_spans,
+    get_message_value,
+    get_object_value,
+    get_reward_value,
+    get_rewards_from_span,
+    is_reward_span,
+    operation,
+    reward,
+)
 from lightning_ray.errors import (
     AgentError,
     ConfigError,
@@ -16,51 +37,175 @@ from lightning_ray.errors import (
     StoreError,
     SwapError,
 )
+from lightning_ray.hooks import Hook
+from lightning_ray.parallel import ParallelWorkerBase
+from lightning_ray.results import RolloutRawResult
+from lightning_ray.semconv import SpanAttributeNames, SpanNames
+from lightning_ray.span import (
+    Attributes,
+    Event,
+    Link,
+    OtelResource,
+    Span,
+    SpanContext,
+    SpanCoreFields,
+    StatusCode,
+    TraceState,
+    TraceStatus,
+)
+from lightning_ray.tracing import (
+    AgentOpsTracer,
+    DummyTracer,
+    OtelTracer,
+    SpanRecordingContext,
+    Tracer,
+    clear_active_tracer,
+    get_active_tracer,
+    set_active_tracer,
+)
 from lightning_ray.trainer import Trainer
 from lightning_ray.types import (
     LLM,
     Attempt,
     AttemptedRollout,
+    AttemptStatus,
     Dataset,
+    EnqueueRolloutRequest,
     NamedResources,
+    PaginatedResult,
     PromptTemplate,
     ProxyLLM,
     Resource,
     ResourcesUpdate,
+    ResourceUnion,
     Rollout,
     RolloutConfig,
-    Span,
+    RolloutMode,
+    RolloutStatus,
+    TaskInput,
+    Worker,
+    WorkerStatus,
 )
+
+if TYPE_CHECKING:
+    from lightning_ray.adapters import (
+        Adapter,
+        LlmProxyTraceToTriplet,
+        OtelTraceAdapter,
+        RewardMatchPolicy,
+        TraceAdapter,
+        TracerTraceToTriplet,
+        TraceToMessages,
+        TraceToTripletBase,
+        Triplet,
+    )
+    from lightning_ray.command_agent import CommandAgent
 
 __all__ = [
     "GRPO",
     "LLM",
+    "Adapter",
     "AgentError",
+    "AgentOpsTracer",
     "Algorithm",
     "Attempt",
+    "AttemptStatus",
     "AttemptedRollout",
+    "Attributes",
+    "CommandAgent",
     "ConfigError",
     "Dataset",
+    "DummyTracer",
     "EngineSettings",
+    "EnqueueRolloutRequest",
+    "Event",
     "FunctionalLitAgent",
+    "Hook",
     "InfrastructureError",
     "LightningRayError",
+    "Link",
     "LitAgent",
+    "LlmProxyTraceToTriplet",
     "NamedResources",
+    "OperationContext",
+    "OtelResource",
+    "OtelTraceAdapter",
+    "OtelTracer",
+    "PaginatedResult",
+    "ParallelWorkerBase",
     "PromptTemplate",
     "ProxyLLM",
     "Resource",
+    "ResourceUnion",
     "ResourcesUpdate",
+    "RewardMatchPolicy",
     "Rollout",
     "RolloutConfig",
+    "RolloutMode",
+    "RolloutRawResult",
+    "RolloutStatus",
     "Span",
+    "SpanAttributeNames",
+    "SpanContext",
+    "SpanCoreFields",
+    "SpanNames",
+    "SpanRecordingContext",
+    "StatusCode",
     "StoreError",
     "SwapError",
+    "TaskInput",
+    "TraceAdapter",
+    "TraceState",
+    "TraceStatus",
+    "TraceToMessages",
+    "TraceToTripletBase",
+    "Tracer",
+    "TracerTraceToTriplet",
     "Trainer",
+    "Triplet",
+    "Worker",
+    "WorkerStatus",
+    "clear_active_tracer",
     "emit_annotation",
     "emit_exception",
+    "emit_message",
+    "emit_object",
     "emit_reward",
+    "find_final_reward",
+    "find_reward_spans",
+    "get_active_tracer",
+    "get_message_value",
+    "get_object_value",
+    "get_reward_value",
+    "get_rewards_from_span",
+    "is_reward_span",
     "llm_rollout",
+    "operation",
     "prompt_rollout",
+    "reward",
     "rollout",
+    "set_active_tracer",
 ]
+
+_LAZY = frozenset(
+    {
+        "Adapter",
+        "LlmProxyTraceToTriplet",
+        "OtelTraceAdapter",
+        "RewardMatchPolicy",
+        "TraceAdapter",
+        "TraceToMessages",
+        "TraceToTripletBase",
+        "TracerTraceToTriplet",
+        "Triplet",
+    }
+)
+"""Of ``lightning_ray.adapters``, which is imported on first use."""
+
+
+def __getattr__(name: str) -> Any:
+    if name == "CommandAgent":
+        return importlib.import_module("lightning_ray.command_agent").CommandAgent
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("lightning_ray.adapters"), name)

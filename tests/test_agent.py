@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from typing import Any
 
@@ -9,6 +10,7 @@ import cloudpickle
 import pytest
 
 import lightning_ray as lr
+from lightning_ray.agent import contained
 from lightning_ray.types import AttemptedRollout, ProxyLLM
 
 ATTEMPT = lr.Attempt(rollout_id="ro-1", attempt_id="at-1", sequence_id=1, start_time=0.0)
@@ -156,3 +158,100 @@ def test_a_partial_is_an_agent() -> None:
         return task * factor
 
     assert lr.rollout(functools.partial(play, factor=3)).rollout(2, RESOURCES, ROLLOUT) == 6
+
+
+def test_arguments_that_python_gathers_need_no_one(recwarn: pytest.WarningsRecorder) -> None:
+    @lr.prompt_rollout()
+    def agent(task: Any, prompt_template: Any, llm: Any, *args: Any, **kwargs: Any) -> Any:
+        return prompt_template, llm.model
+
+    assert agent.rollout(0, RESOURCES, ROLLOUT) == (PROMPT, "m")
+
+
+@pytest.mark.parametrize("decorate", [lr.rollout, lr.llm_rollout, lr.prompt_rollout])
+def test_refusals_are_the_errors_of_agent_lightning_too(decorate: Any) -> None:
+    with pytest.raises(ValueError):
+        decorate(nothing)
+    with pytest.raises(NotImplementedError):
+        decorate(wrong_name)
+
+
+async def test_an_agent_is_played_as_what_it_is() -> None:
+    @lr.rollout
+    async def later(task: Any, llm: Any) -> float:
+        return 1.0
+
+    @lr.rollout
+    def now(task: Any, llm: Any) -> float:
+        return 1.0
+
+    with pytest.raises(RuntimeError, match="agent 'later' is async: await its rollout_async"):
+        later.rollout(0, RESOURCES, ROLLOUT)
+    with pytest.raises(RuntimeError, match="agent 'now' is not async: call its rollout"):
+        await now.rollout_async(0, RESOURCES, ROLLOUT)
+
+
+async def test_an_object_that_is_called_as_a_coroutine_is_async() -> None:
+    class Play:
+        async def __call__(self, task: Any, llm: Any) -> float:
+            return 2.0
+
+    agent = lr.rollout(Play())
+    assert agent.is_async() and agent.__name__ == "Play" and await agent.rollout_async(0, RESOURCES, ROLLOUT) == 2.0
+
+
+def test_a_proxy_needs_an_attempt() -> None:
+    agent = lr.llm_rollout(llm_only)
+    queued = lr.Rollout(rollout_id="ro-2", input={}, start_time=0.0)
+    with pytest.raises(lr.AgentError, match="rollout 'ro-2' has no attempt"):
+        agent.rollout(0, RESOURCES, queued)
+    lr.llm_rollout(strip_proxy=False)(llm_only).rollout(0, RESOURCES, queued)
+
+
+def test_an_agent_knows_its_trainer_and_runner_while_they_live() -> None:
+    class Owner:
+        tracer: Any = None
+
+    agent = lr.LitAgent[Any]()
+    with pytest.raises(ValueError, match="the trainer of agent 'LitAgent' was asked for, and the agent's trainer has"):
+        _ = agent.trainer
+    runner: Any = Owner()
+    trainer: Any = Owner()
+    agent.set_runner(runner)
+    agent.set_trainer(trainer)
+    assert agent.runner is agent.get_runner() is runner and agent.trainer is trainer
+    assert isinstance(agent.tracer, lr.OtelTracer)
+    trainer.tracer = lr.DummyTracer()
+    assert agent.tracer is agent.get_tracer() is trainer.tracer
+    again = cloudpickle.loads(cloudpickle.dumps(agent))
+    with pytest.raises(ValueError):
+        _ = again.runner
+    del runner
+    with pytest.raises(ValueError, match="runner is gone"):
+        _ = agent.runner
+
+
+def test_trained_agents_are_said_elsewhere() -> None:
+    with pytest.warns(DeprecationWarning, match="agent_match"):
+        assert lr.LitAgent[Any](trained_agents="x").trained_agents == "x"
+
+    class NoInit(lr.LitAgent[Any]):
+        def __init__(self) -> None:
+            pass
+
+    agent: Any = NoInit()
+    assert agent.trained_agents is None and agent.tracer is not None
+    assert agent.on_rollout_start({}, None, None) is None and agent.on_rollout_end({}, None, None, None) is None
+
+
+async def test_a_stop_iteration_out_of_an_agent_ends_it() -> None:
+    def play(task: Any, llm: Any) -> float:
+        return next(iter(()))
+
+    agent = lr.rollout(play)
+    waiting = asyncio.get_running_loop().run_in_executor(
+        None, contained, agent, agent.training_rollout, 0, RESOURCES, ROLLOUT
+    )
+    with pytest.raises(lr.AgentError, match="agent 'play' let a StopIteration out"):
+        await asyncio.wait_for(waiting, 5)
+    assert contained(agent, lambda x: x, 3) == 3

@@ -24,19 +24,22 @@ def test_a_reward_is_an_annotation_with_the_names_of_agent_lightning(trace: Atte
     before = time.time()
     with traced(trace):
         span = emit_reward(0.5)
-    assert trace.spans == [span] and span["name"] == "agentlightning.annotation"
-    assert span["attributes"] == {
+    [row] = trace.spans
+    assert span.name == row["name"] == "agentlightning.annotation" and span.status.status_code == "OK"
+    assert span.attributes == row["attributes"]
+    assert span.attributes == {
         "agentlightning.reward.0.name": "primary",
         "agentlightning.reward.0.value": 0.5,
     }
-    assert (span["rollout_id"], span["attempt_id"], span["sequence_id"]) == ("ro-1", "at-1", 1)
-    assert before <= span["start_time"] <= span["end_time"] <= time.time()
+    assert (row["rollout_id"], row["attempt_id"], row["sequence_id"]) == ("ro-1", "at-1", 0)
+    assert span.start_time is not None and span.end_time is not None
+    assert before <= span.start_time <= span.end_time <= time.time()
 
 
 def test_the_primary_dimension_comes_first(trace: AttemptTrace) -> None:
     with traced(trace):
         span = emit_reward({"style": 1, "answer": 0.25}, primary_key="answer", attributes={"why": {"a": 1}})
-    assert span["attributes"] == {
+    assert span.attributes == {
         "agentlightning.reward.0.name": "answer",
         "agentlightning.reward.0.value": 0.25,
         "agentlightning.reward.1.name": "style",
@@ -60,6 +63,12 @@ def test_what_is_no_number_is_no_reward(value: Any, trace: AttemptTrace) -> None
     assert trace.spans == []
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), np.float32("-inf")])
+def test_what_is_not_finite_is_no_reward(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"reward 'primary' is -?(nan|inf); it must be finite"):
+        reward_attributes(value)
+
+
 def test_the_error_names_the_dimension_and_the_value() -> None:
     with pytest.raises(TypeError, match="reward 'b' must be a number, got str 'high'"):
         reward_attributes({"a": 1.0, "b": "high"}, "a")  # type: ignore[dict-item]
@@ -74,7 +83,7 @@ def test_annotations_are_flattened_and_numbered(trace: AttemptTrace) -> None:
         emit_annotation({"a": {"b": {"c": 1}, "d": "x"}, "e": [1, 2]})
         emit_annotation({})
     assert [span["attributes"] for span in trace.spans] == [{"a.b.c": 1, "a.d": "x", "e": [1, 2]}, {}]
-    assert [span["sequence_id"] for span in trace.spans] == [1, 2]
+    assert [span.sequence_id for span in trace.as_spans()] == [1, 2]
     assert len({span["span_id"] for span in trace.spans}) == 2
     assert flatten({"a": {}}) == {}
 
@@ -85,9 +94,9 @@ def test_an_exception_keeps_its_type_message_and_stack(trace: AttemptTrace) -> N
             raise KeyError("lost")
         except KeyError as error:
             span = emit_exception(error)
-    assert span["name"] == "agentlightning.exception"
-    assert span["status"] == {"status_code": "ERROR", "description": "'lost'"}
-    attributes = span["attributes"]
+    assert span.name == "agentlightning.exception"
+    assert (span.status.status_code, span.status.description) == ("ERROR", "'lost'")
+    attributes = span.attributes
     assert (attributes["exception.type"], attributes["exception.message"]) == ("KeyError", "'lost'")
     assert 'raise KeyError("lost")' in attributes["exception.stacktrace"]
 
