@@ -22,7 +22,7 @@ from lightning_ray.semconv import REWARD
 from lightning_ray.span import OtelResource, Span, TraceStatus
 from lightning_ray.store.packing import pack, unpack
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _MAX_BATCH_BYTES = 2**31
 _VERSION_KEY = b"lightning_ray.spans"
 
