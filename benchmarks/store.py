@@ -1,11 +1,13 @@
 """How fast, small and quick to recover is the span store? All through its Ray actor, every write durable.
 
-    python -m benchmarks.store            a million spans stored (about 15 minutes on 2 cores, 15 GB of disk)
-    python -m benchmarks.store --quick    100,000 spans stored (about 3 minutes)
+    python -m benchmarks.store            a million spans stored (about 8 minutes on 2 cores, 12 GB of disk)
+    python -m benchmarks.store --quick    100,000 spans stored (about 2 minutes)
 
 Rates are medians of three windows that follow each other, with compaction running beside as it always does. Query
-times are of all spans of one random rollout (10 spans), one at a time. Figures of size count everything in the store's
-folder, and the process' resident memory as the system sees it. The last line of the output is one JSON object.
+times are of all spans of one random rollout (10 spans), one at a time. Sizes count everything in the store's folder,
+and the process' resident memory with what it has looked at of Ray's object store (``rss_own_...`` is without). Ray
+gives its workers nice 15, so anything else at work on the machine shows. The last line of the output is one JSON
+object.
 """
 
 from __future__ import annotations

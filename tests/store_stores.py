@@ -25,7 +25,7 @@ from lightning_ray.store.shards import ShardedStore
 @dataclass
 class Place:
     """Where a store can live: a folder of the test, a Ray that is started when it is first asked for, and what
-    implementations keep for the whole session.
+    implementations keep for all tests of a file.
     """
 
     folder: Path
@@ -85,9 +85,9 @@ async def empty(store: Store) -> None:
     await store.delete_rollouts([rollout.rollout_id for rollout in await store.query_rollouts()])
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """A Ray of this test session."""
+    """A Ray for the tests of one file."""
     ray = pytest.importorskip("ray")
     folder = tempfile.mkdtemp(prefix="lr", dir="/tmp")
     ray.init(
@@ -103,9 +103,9 @@ def cluster() -> Iterator[Any]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def kept() -> dict[str, Any]:
-    """What implementations keep for the whole session."""
+    """What implementations keep for all tests of a file."""
     return {}
 
 

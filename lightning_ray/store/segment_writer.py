@@ -22,7 +22,7 @@ from lightning_ray.store.schema import SPAN_SCHEMA
 from lightning_ray.store.sealed import write_sealed
 from lightning_ray.store.segments import PART, Content, parquet_path, part_path
 
-_GROUP_BYTES = 256 * 2**10
+_GROUP_BYTES = 128 * 2**10
 _GROUP_ROWS = 4096
 _ROLLOUT_BYTES = 64 * 2**20
 _PAGE_BYTES = 2**30
