@@ -242,8 +242,8 @@ def _header() -> dict[str, Any]:
 def _check_header(path: Path, header: dict[str, Any]) -> None:
     if header.get("format") != _FORMAT or header.get("spans") != SCHEMA_VERSION:
         raise StoreError(
-            f"{path} is a log of version {header.get('spans')}; this lightning-ray reads version {SCHEMA_VERSION}: read "
-            "it with the lightning-ray that wrote it, or give the run another name"
+            f"{path} is a log of version {header.get('spans')}; this lightning-ray reads version {SCHEMA_VERSION}. "
+            "Read it with the lightning-ray that wrote it, or give the run another name"
         )
 
 
