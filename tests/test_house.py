@@ -31,8 +31,8 @@ def test_an_agent_and_its_trainer_need_nothing_heavy() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_import_takes_less_than_a_third_of_a_second() -> None:
-    timed = "import time; t = time.perf_counter(); import lightning_ray; print(time.perf_counter() - t)"
+def test_import_takes_less_than_a_third_of_a_second_of_cpu() -> None:
+    timed = "import time; t = time.process_time(); import lightning_ray; print(time.process_time() - t)"
     seconds = [
         float(subprocess.run([sys.executable, "-c", timed], capture_output=True, text=True, timeout=60).stdout)
         for _ in range(5)
