@@ -214,7 +214,9 @@ async def test_programs_do_not_inherit_open_files(tmp_path: Path) -> None:
 
 async def test_signals_are_not_blocked_or_ignored() -> None:
     played = await play(sh("grep -E 'Sig(Blk|Ign)' /proc/self/status", reward=None))
-    assert {line.split()[1] for line in played.stdout.splitlines()} == {"0" * 16}
+    masks = [int(line.split()[1], 16) for line in played.stdout.splitlines()]
+    of_the_c_library = 0b11 << 31  # signals 32 and 33, which no program can set
+    assert len(masks) == 2 and not any(mask & ~of_the_c_library for mask in masks)
 
 
 @pytest.mark.parametrize("pieces", [[5], [3, 3], [10], [11], [20], [21], [7, 7, 7, 7], [100], [1] * 50])
