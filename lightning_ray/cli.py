@@ -1,4 +1,4 @@
-"""The command line: ``lightning-ray train PATH``, ``lightning-ray spans SQL``."""
+"""The command line: ``lightning-ray train PATH``, ``lightning-ray spans SQL``, ``lightning-ray doctor RUN``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import runpy
 import sys
 from pathlib import Path
 
+from lightning_ray.doctor_command import add_doctor_command, doctor
 from lightning_ray.errors import ConfigError, LightningRayError
 from lightning_ray.launch import Launch, launched, parse_setting
 from lightning_ray.spans_command import add_spans_command, spans
@@ -32,13 +33,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit code. Errors of ours are one message on stderr, without a traceback."""
     own, script = split(sys.argv[1:] if arguments is None else arguments)
     given = parser().parse_args(own)
+    reading = {"spans": spans, "doctor": doctor}.get(given.command)
     try:
-        return spans(given) if given.command == "spans" else train(given, script)
+        return train(given, script) if reading is None else reading(given)
     except LightningRayError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) or given.command == "spans" else 1
+        return 1 if reading is None and not isinstance(error, ConfigError) else 2
     except KeyboardInterrupt:
-        print("interrupted" if given.command == "spans" else "interrupted; continue with --resume", file=sys.stderr)
+        print("interrupted; continue with --resume" if reading is None else "interrupted", file=sys.stderr)
         return INTERRUPTED
 
 
@@ -67,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, e.g. algorithm.steps=5"
     )
     add_spans_command(commands)
+    add_doctor_command(commands)
     return top
 
 

@@ -29,6 +29,7 @@ README = """# Run {name}
 | `checkpoints/` | models in Hugging Face format, each with the state of its training; `latest` names the last |
 | `store/` | every rollout and span: `lightning-ray spans "SELECT ..." FOLDER`, or `lightning_ray.store.open_folder` |
 
+`lightning-ray doctor FOLDER` tells what became of every rollout, and why some gave no training data.
 Continue it with `lightning-ray train ... --name {name} --resume`.
 """
 KEPT_CHECKPOINTS = 3

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from lightning_ray.algorithms.base import Algorithm
+from lightning_ray.algorithms.base import AlgorithmSettings
 from lightning_ray.config import EngineSettings
 from lightning_ray.errors import ConfigError
 from lightning_ray.policy.model_folder import check_model_folder
@@ -33,7 +33,7 @@ NEUTRAL = {
 """Sampling from the policy itself: the trainer's logprobs are of exactly this distribution."""
 
 
-class GRPO(Algorithm):
+class GRPO(AlgorithmSettings):
     """Settings of a GRPO run. One step plays ``prompts_per_step`` tasks ``group_size`` times each."""
 
     model: str | Path | Callable[[Path], None]
@@ -83,13 +83,18 @@ class GRPO(Algorithm):
         )
 
     def check(self, run: Run) -> None:
-        """The model must be there and the training data must fill a step."""
+        """The model, a task, the engine's port and the memory must be there."""
+        from lightning_ray.cluster import check_memory, check_port
+
         if isinstance(self.model, (str, Path)):
             check_model_folder(str(self.model))
         if not len(run.train_dataset):
             raise ConfigError("train_dataset is empty (length 0); give at least one task")
+        check_port(self.engine)
+        if run.cluster.owned:
+            check_memory(self.engine, self.ranks)
 
-    async def run(self, run: Run) -> None:
+    async def learn(self, run: Run) -> None:
         """Play, settle, update, swap, prove; validate and save as told."""
         from lightning_ray.data import Epochs
         from lightning_ray.trajectories.account import batch_of, settle

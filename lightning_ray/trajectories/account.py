@@ -38,15 +38,21 @@ class Account:
         return dict(Counter(self.dropped.values()))
 
 
-def settle(episodes: Sequence[Episode], group_of: dict[str, str], max_tokens: int | None = None) -> Account:
+def settle(
+    episodes: Sequence[Episode],
+    group_of: dict[str, str],
+    max_tokens: int | None = None,
+    oldest_version: int | None = None,
+) -> Account:
     """Decide which rollouts are trained on; groups need two of them, and rewards that differ.
 
-    Failures are no rewards: a failed rollout is left out of its group. ``max_tokens`` bounds a trajectory.
+    Failures are no rewards: a failed rollout is left out of its group. ``max_tokens`` bounds a trajectory,
+    ``oldest_version`` the weights that sampled it.
     """
     account = Account()
     groups: dict[str, list[Episode]] = {}
     for episode in episodes:
-        reason = _unusable(episode, max_tokens)
+        reason = unusable(episode, max_tokens, oldest_version)
         if reason is None:
             groups.setdefault(group_of[episode.rollout_id], []).append(episode)
         else:
@@ -72,7 +78,8 @@ FAILURES = {
 """Reasons by the kind of failure that the store tells; any other failure is the agent's own."""
 
 
-def _unusable(episode: Episode, max_tokens: int | None) -> str | None:
+def unusable(episode: Episode, max_tokens: int | None = None, oldest_version: int | None = None) -> str | None:
+    """Why a rollout cannot be trained on, whatever its group; None if it can."""
     if episode.rollout.status == "cancelled":
         return "cancelled"
     if episode.rollout.status != "succeeded":
@@ -88,6 +95,10 @@ def _unusable(episode: Episode, max_tokens: int | None) -> str | None:
         return "reward_not_finite"
     if max_tokens is not None and max(len(t.token_ids) for t in episode.trajectories) > max_tokens:
         return "too_long"
+    if oldest_version is not None and any(
+        t.weight_versions[t.mask == 1].min(initial=oldest_version) < oldest_version for t in episode.trajectories
+    ):
+        return "too_stale"
     return None
 
 

@@ -39,7 +39,7 @@ def read_episodes(rollouts: Sequence[Rollout], spans: pa.Table, attempts: dict[s
     counted = spans.filter(pc.is_in(spans["attempt_id"], pa.array(list(attempts.values()), pa.string())))
     # A call that was broken off was never answered: nothing the agent did follows from it.
     answered = pc.and_(pc.is_valid(counted["prompt_ids"]), pc.equal(counted["status"], "OK"))
-    calls = _calls(counted.filter(answered))
+    calls = calls_of(counted.filter(answered))
     for rollout_id, made in calls.items():
         episode = episodes[rollout_id]
         episode.trajectories = join_calls(made)
@@ -55,7 +55,8 @@ def last_attempts(attempts: Sequence[Attempt]) -> dict[str, str]:
     return {attempt.rollout_id: attempt.attempt_id for attempt in sorted(attempts, key=lambda a: a.sequence_id)}
 
 
-def _calls(table: pa.Table) -> dict[str, list[ModelCall]]:
+def calls_of(table: pa.Table) -> dict[str, list[ModelCall]]:
+    """The model calls of each rollout, in order; every row of ``table`` must have token ids."""
     calls: dict[str, list[ModelCall]] = defaultdict(list)
     columns = ("prompt_ids", "sampled_ids", "logprobs", "weight_versions")
     lists = [table[name].combine_chunks() for name in columns]

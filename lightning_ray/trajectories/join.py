@@ -7,7 +7,7 @@ does not extend what was seen starts a trajectory of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -64,16 +64,26 @@ def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     return int(different[0]) if len(different) else n
 
 
+def nearest(trajectories: Sequence[Trajectory], call: ModelCall) -> tuple[Trajectory, int] | None:
+    """The longest trajectory that the call's prompt extends, otherwise the one it has most in common with at the
+    start; and how many ids they have in common.
+    """
+    shared = [common_prefix(t.token_ids, call.prompt_ids) for t in trajectories]
+    if not shared:
+        return None
+    best = max(range(len(shared)), key=lambda i: (shared[i] == len(trajectories[i].token_ids), shared[i]))
+    return trajectories[best], shared[best]
+
+
 def join_calls(calls: Iterable[ModelCall]) -> list[Trajectory]:
     """Join calls, in the order they were made, each to the longest trajectory that its prompt extends."""
     trajectories: list[Trajectory] = []
     for call in calls:
-        shared = [common_prefix(t.token_ids, call.prompt_ids) for t in trajectories]
-        whole = [i for i, t in enumerate(trajectories) if shared[i] == len(t.token_ids)]
-        if whole:
-            trajectories[max(whole, key=lambda i: shared[i])].extend(call)
+        found = nearest(trajectories, call)
+        if found is not None and found[1] == len(found[0].token_ids):
+            found[0].extend(call)
             continue
         started = Trajectory.of(call)
-        started.broken_prefix = max(shared) if shared else None
+        started.broken_prefix = None if found is None else found[1]
         trajectories.append(started)
     return trajectories

@@ -1,0 +1,102 @@
+"""What each reason means, and what to do about it: a paragraph for people."""
+
+from __future__ import annotations
+
+ADVICE: dict[str, str] = {
+    "agent_failed": (
+        "The agent raised an exception. A failure is no reward of 0: the rollout is left out of its group. Mend "
+        "the agent, or catch what is part of the task and return a reward for it. Trainer.dev(agent, tasks) plays "
+        "it here, with breakpoints."
+    ),
+    "at_work": (
+        "Not ended yet: queued, or being played. Ask again later; if nothing is playing, the run was ended in the "
+        "midst of them, and --resume plays new ones."
+    ),
+    "calls_broken_off": (
+        "The model was called, but no call was answered to its end: the client gave up waiting, the replica "
+        "restarted, or the agent was stopped. Allow the client more time, or the model fewer tokens (max_tokens)."
+    ),
+    "calls_failed": (
+        "The agent called a model, every call failed at its client, and the agent went on without. See the reasons "
+        "below; an agent that cannot work without the model should let the exception out."
+    ),
+    "cancelled": (
+        "The rollout was cancelled: by a call of update_rollout, or because --resume found it open and played it "
+        "anew under another id."
+    ),
+    "evaluation": "Played to evaluate the policy (val_dataset, test_dataset); never trained on.",
+    "group_of_one": (
+        "All other rollouts of its group were left out, and an advantage is relative to the group. See why the "
+        "others were; a larger group_size makes it rarer."
+    ),
+    "infrastructure_failure": (
+        "A part of the system failed, not the agent: a runner died, the model's endpoint was gone or answered "
+        "with a 5xx, more often than retries could mend. See the reasons below, memory first, and the logs of "
+        "runners and replicas in Ray's session folder."
+    ),
+    "no_model_call": (
+        "The agent ended without a model call that reached the policy. It must call the endpoint it is given: "
+        "base_url=llm.endpoint, api_key=llm.api_key, model=llm.model. Check early returns too, and calls whose "
+        "failure the agent swallows."
+    ),
+    "no_reward": (
+        "The agent returned None and emitted no reward. Return a number, or call emit_reward(...); None leaves "
+        "the rollout out."
+    ),
+    "no_sampled_token": (
+        "The model was called and sampled nothing: max_tokens of 0, a stop sequence at once, or a prompt as long "
+        "as the context."
+    ),
+    "no_token_ids": (
+        "The agent called a model, but not the policy: its calls were seen at the client, and no engine told "
+        "which tokens it sampled. Give every client that is to be trained llm.endpoint and llm.api_key."
+    ),
+    "no_variance": (
+        "All rewards of the group are the same, so nothing tells its rollouts apart. Take tasks that the policy "
+        "solves sometimes, a finer reward, a larger group_size, or more exploration."
+    ),
+    "not_settled": (
+        "The rollout ended, but its step was never trained on: the step is under way, or was interrupted; "
+        "--resume plays it anew under other ids."
+    ),
+    "reward_not_finite": "The reward is infinite or no number. Return a finite one, or None where there is none.",
+    "timed_out": (
+        "The attempt ran longer than rollout_timeout_seconds, in every try. Look for waits without a deadline in "
+        "the agent, bound its turns, or allow more."
+    ),
+    "too_long": (
+        "A trajectory has more tokens than max_tokens. Bound the agent's turns and the tools' answers, or raise "
+        "max_tokens as far as the memory of the trainer ranks allows."
+    ),
+    "too_stale": (
+        "Tokens were sampled by weights older than the bound on staleness. Play fewer rollouts ahead, shorten the "
+        "longest ones, or raise the bound."
+    ),
+    "unresponsive": (
+        "The runner or the agent gave no sign of life for too long. A sync agent that blocks in native code, or a "
+        "runner without memory, looks like this."
+    ),
+    "usable": (
+        "Has tokens and a reward, and belongs to no training group: it was not played by an algorithm that trains "
+        "on groups."
+    ),
+    # Remarks: they leave nobody out.
+    "new_conversation": (
+        "The agent began a conversation of its own beside the first: a sub-agent, a judge, a fresh context. Each "
+        "is a trajectory, with the rollout's one reward. If it should not be trained on, call another endpoint "
+        "with it."
+    ),
+    "prefix_broken": (
+        "A prompt did not extend the tokens before it, so a new trajectory was begun: correct, but the shared "
+        "part is computed again. Where sampled tokens differ, the text was encoded differently when it came back "
+        "(stripped white space, removed thinking, tool calls parsed and rewritten); send the answer back as it "
+        "came. Where context differs, the agent edited or dropped an earlier message."
+    ),
+    "retried": "An attempt before the last one did not succeed; only the last counts.",
+    "some_calls_broken_off": "Calls that were not answered to their end are not trained on.",
+    "truncated": (
+        "An answer was cut at its token limit (finish_reason 'length'). It is trained on as it is, so that the "
+        "policy may learn to be cut. Allow more max_tokens, or give such rollouts a lower reward."
+    ),
+}
+UNKNOWN = "See the span store for more."
