@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from lightning_ray.agent import FunctionalLitAgent, LitAgent, llm_rollout, prompt_rollout, rollout
-from lightning_ray.algorithms.base import Algorithm
+from lightning_ray.algorithms.base import Algorithm, AlgorithmSettings
 from lightning_ray.algorithms.grpo import GRPO
 from lightning_ray.config import EngineSettings
 from lightning_ray.emitter import (
@@ -99,7 +99,13 @@ if TYPE_CHECKING:
         TraceToTripletBase,
         Triplet,
     )
+    from lightning_ray.algorithms.batches import batch_iter_over_dataset
+    from lightning_ray.algorithms.decorator import FunctionalAlgorithm, algo
+    from lightning_ray.algorithms.fast import Baseline, FastAlgorithm
+    from lightning_ray.algorithms.injection import with_llm_proxy, with_store
     from lightning_ray.command_agent import CommandAgent
+    from lightning_ray.dev import DevRollout
+    from lightning_ray.stepper import LitAgentRunner
 
 __all__ = [
     "GRPO",
@@ -108,23 +114,29 @@ __all__ = [
     "AgentError",
     "AgentOpsTracer",
     "Algorithm",
+    "AlgorithmSettings",
     "Attempt",
     "AttemptStatus",
     "AttemptedRollout",
     "Attributes",
+    "Baseline",
     "CommandAgent",
     "ConfigError",
     "Dataset",
+    "DevRollout",
     "DummyTracer",
     "EngineSettings",
     "EnqueueRolloutRequest",
     "Event",
+    "FastAlgorithm",
+    "FunctionalAlgorithm",
     "FunctionalLitAgent",
     "Hook",
     "InfrastructureError",
     "LightningRayError",
     "Link",
     "LitAgent",
+    "LitAgentRunner",
     "LlmProxyTraceToTriplet",
     "NamedResources",
     "OperationContext",
@@ -165,6 +177,8 @@ __all__ = [
     "Triplet",
     "Worker",
     "WorkerStatus",
+    "algo",
+    "batch_iter_over_dataset",
     "clear_active_tracer",
     "emit_annotation",
     "emit_exception",
@@ -185,27 +199,40 @@ __all__ = [
     "reward",
     "rollout",
     "set_active_tracer",
+    "with_llm_proxy",
+    "with_store",
 ]
 
-_LAZY = frozenset(
-    {
-        "Adapter",
-        "LlmProxyTraceToTriplet",
-        "OtelTraceAdapter",
-        "RewardMatchPolicy",
-        "TraceAdapter",
-        "TraceToMessages",
-        "TraceToTripletBase",
-        "TracerTraceToTriplet",
-        "Triplet",
-    }
-)
-"""Of ``lightning_ray.adapters``, which is imported on first use."""
+_LAZY = {
+    **dict.fromkeys(
+        (
+            "Adapter",
+            "LlmProxyTraceToTriplet",
+            "OtelTraceAdapter",
+            "RewardMatchPolicy",
+            "TraceAdapter",
+            "TraceToMessages",
+            "TraceToTripletBase",
+            "TracerTraceToTriplet",
+            "Triplet",
+        ),
+        "lightning_ray.adapters",
+    ),
+    "Baseline": "lightning_ray.algorithms.fast",
+    "CommandAgent": "lightning_ray.command_agent",
+    "DevRollout": "lightning_ray.dev",
+    "FastAlgorithm": "lightning_ray.algorithms.fast",
+    "FunctionalAlgorithm": "lightning_ray.algorithms.decorator",
+    "LitAgentRunner": "lightning_ray.stepper",
+    "algo": "lightning_ray.algorithms.decorator",
+    "batch_iter_over_dataset": "lightning_ray.algorithms.batches",
+    "with_llm_proxy": "lightning_ray.algorithms.injection",
+    "with_store": "lightning_ray.algorithms.injection",
+}
+"""Name -> the module that has it, which is imported on first use."""
 
 
 def __getattr__(name: str) -> Any:
-    if name == "CommandAgent":
-        return importlib.import_module("lightning_ray.command_agent").CommandAgent
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module("lightning_ray.adapters"), name)
+    return getattr(importlib.import_module(_LAZY[name]), name)

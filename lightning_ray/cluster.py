@@ -16,13 +16,14 @@ import socket
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from lightning_ray.agent import LitAgent
-from lightning_ray.config import EngineSettings
+from lightning_ray.config import EngineSettings, RunnerSettings
 from lightning_ray.errors import ConfigError, InfrastructureError
+from lightning_ray.hooks import Hook
 from lightning_ray.net import free_port
 from lightning_ray.policy.settings import UpdateSettings
 from lightning_ray.policy.swap import PolicySwapper
@@ -31,6 +32,9 @@ from lightning_ray.store.client import StoreClient
 from lightning_ray.store.shards import ShardedStore
 from lightning_ray.threads import in_thread
 from lightning_ray.types import ProxyLLM
+
+if TYPE_CHECKING:
+    from actors.runner_pool import RunnerPool
 
 LOGICAL_CPUS = 16
 """Ray's CPUs are bookkeeping here: a laptop with two cores holds every actor of a small run."""
@@ -68,14 +72,13 @@ class Cluster:
         self._temp: Path | None = None
         self._name = f"lightning-ray-{secrets.token_hex(4)}"
         self.secret = secrets.token_bytes(32)
-        self.runners: list[Any] = []
+        self.runners: RunnerPool | None = None
         self.trainers: Any = None
         self.store: Store | None = None
         self._store_actors: list[Any] = []
         self._policy: Any = None
-        self._background: list[asyncio.Task[None]] = []
         self.failure: asyncio.Future[None] | None = None
-        """Carries the first failure of a runner that Ray could not mend."""
+        """Carries why runners die again and again, if they do."""
 
     def start_ray(self) -> None:
         """Start or join Ray. Raises ConfigError when a foreign ``actors`` package hides ours."""
@@ -153,24 +156,13 @@ class Cluster:
         await self.trainers.call("attach_policy", self._policy, settings.chosen_transfer, deadline, timeout=60.0)
         return PolicySwapper(self.replicas, self.trainers, settings.logprob_tolerance, deadline)
 
-    def start_runners(self, agent: LitAgent[Any], count: int, concurrency: int) -> None:
+    def start_runners(self, agent: LitAgent[Any], settings: RunnerSettings, hooks: Sequence[Hook] = ()) -> None:
         """The runners; they lease whatever is queued from now on."""
-        from actors.runner import RunnerActor
+        from actors.runner_pool import RunnerPool
 
-        for index in range(count):
-            name = f"runner-{index}"
-            actor: Any = RunnerActor
-            runner = actor.options(name=f"{self._name}-{name}").remote(name)
-            self.runners.append(runner)
-            running = runner.run.remote(agent, self.store, self.secret, concurrency)
-            self._background.append(asyncio.create_task(self._watch(name, running)))
-
-    async def _watch(self, name: str, running: Any) -> None:
-        try:
-            await running
-        except Exception as error:
-            if self.failure is not None and not self.failure.done():
-                self.failure.set_exception(InfrastructureError(f"{name} is gone for good: {error}"))
+        assert self.store is not None and self.failure is not None
+        self.runners = RunnerPool(self._name, agent, self.store, self.secret, settings, hooks, self.failure)
+        self.runners.start()
 
     async def stop(self) -> None:
         """End everything that this run started; nothing is left behind. Takes at most some ten seconds."""
@@ -184,8 +176,6 @@ class Cluster:
                 await self._stop_actors()
         except Exception:  # a part that does not end is ended below, or by its owner's end
             pass
-        for task in self._background:
-            task.cancel()
         from ray.serve.context import _set_global_client
 
         await asyncio.to_thread(ray.shutdown)
@@ -195,13 +185,9 @@ class Cluster:
             shutil.rmtree(self._temp, ignore_errors=True)
 
     async def _stop_actors(self) -> None:
-        import ray
-
         # A part that is dead already must not keep the others from being ended.
-        await asyncio.gather(*(runner.stop.remote() for runner in self.runners), return_exceptions=True)
-        await asyncio.gather(*self._background, return_exceptions=True)
-        for runner in self.runners:
-            ray.kill(runner)
+        if self.runners is not None:
+            await self.runners.stop()
         if self.trainers is not None:
             self.trainers.stop()
         await asyncio.gather(*(actor.close.remote() for actor in self._store_actors), return_exceptions=True)

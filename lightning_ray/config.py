@@ -51,6 +51,18 @@ class EngineSettings(Settings):
         return self.transfer
 
 
+class RunnerSettings(Settings):
+    """The runners of a run: how many, and how each plays."""
+
+    minimum: int = Field(default=1, ge=1)
+    maximum: int = Field(default=1, ge=1)
+    """There are more than ``minimum`` while more is queued than they can play."""
+    concurrency: int = Field(default=64, ge=1)
+    """Rollouts that one runner plays at once."""
+    isolation: Literal["process"] | None = None
+    """``process`` plays each attempt in a process of its own, which may crash."""
+
+
 S = TypeVar("S", bound=BaseModel)
 
 

@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from lightning_ray.algorithms.base import Algorithm
+from lightning_ray.algorithms.base import Algorithm, AlgorithmSettings
 from lightning_ray.config import build
 from lightning_ray.errors import ConfigError
 
-A = TypeVar("A", bound=Algorithm)
+A = TypeVar("A", bound=Algorithm | None)
 
 
 @dataclass
@@ -35,6 +35,8 @@ class Launch:
 
     def apply(self, algorithm: A) -> A:
         """The algorithm with its overridden settings. Raises ConfigError for unknown keys and bad values."""
+        if not isinstance(algorithm, AlgorithmSettings):
+            return algorithm
         values: dict[str, Any] = {name: getattr(algorithm, name) for name in type(algorithm).model_fields}
         for key, value in self.settings.items():
             head, _, rest = key.partition(".")
@@ -56,8 +58,9 @@ class Launch:
     def refuse_leftovers(self) -> None:
         """Raises ConfigError for a key that nothing used."""
         for key in self.settings.keys() - self._used:
-            close = difflib.get_close_matches(key, ["n_runners", "concurrency"], n=1)
-            hint = f"did you mean {close[0]!r}?" if close else "known: n_runners, concurrency, algorithm.<setting>"
+            close = difflib.get_close_matches(key, ["n_runners", "max_runners", "concurrency"], n=1)
+            known = "known: n_runners, max_runners, concurrency, algorithm.<setting>"
+            hint = f"did you mean {close[0]!r}?" if close else known
             raise ConfigError(f"{key}={self.settings[key]!r}: there is no such setting; {hint}")
 
 

@@ -22,8 +22,10 @@ import pyarrow as pa
 from lightning_ray.agent import LitAgent
 from lightning_ray.algorithms.grpo import GRPO, NEUTRAL
 from lightning_ray.cluster import Cluster, together, tree_memory
+from lightning_ray.config import RunnerSettings
 from lightning_ray.errors import AgentError, InfrastructureError
 from lightning_ray.evaluation import Evaluation, evaluate
+from lightning_ray.hooks import Hook
 from lightning_ray.policy.swap import PolicySwapper
 from lightning_ray.progress import Reporter, as_current
 from lightning_ray.run_folder import RunFolder, write_json
@@ -55,9 +57,9 @@ class Run:
         cluster: Cluster,
         agent: LitAgent[Any],
         datasets: dict[str, Dataset[Any]],
-        n_runners: int,
-        concurrency: int,
+        runners: RunnerSettings,
         resume: bool,
+        hooks: Sequence[Hook] = (),
     ):
         self.folder = folder
         self.reporter = reporter
@@ -68,8 +70,8 @@ class Run:
         self.state = RunState()
         self.store: Store
         self.peak_memory = 0
-        self._n_runners = n_runners
-        self._concurrency = concurrency
+        self._runners = runners
+        self._hooks = hooks
         self._resume = resume
         self._began = time.perf_counter()
         self._settings: GRPO
@@ -108,7 +110,7 @@ class Run:
             self._swapper = await self.cluster.connect(settings.engine)
             await self.publish(self.state.version)
             self._watch = asyncio.create_task(self._watch_replicas())
-            self.cluster.start_runners(self.agent, self._n_runners, self._concurrency)
+            self.cluster.start_runners(self.agent, self._runners, self._hooks)
         if not self._resume:
             await self._evaluate_all("before")
         self.reporter.start_steps(self.state.step, settings.steps)

@@ -1,86 +1,144 @@
 """The runner: leases rollouts, plays the agent on many of them at once, and reports each one's end exactly once.
 
-States of one attempt here: leased -> playing -> reported. Whatever the agent does (returns, raises, returns nonsense),
-the attempt ends with a status and its spans in one durable write. A rollout that the store wants stopped
-(cancelled, timed out) is cancelled at the next heartbeat. Where the agent's model lives is the resources' business.
+It leases as long as a slot is free and nothing drains it. While attempts are played it beats for all of them, exports
+their spans about once a second, and stops those that the store wants stopped. Agents that do not end when they are told
+to cost the runner: when too many of its slots are stuck it drains, and returns to be replaced. One attempt's way is
+``running.play``'s, and where the agent's model lives is the resources' business.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import contextvars
 import logging
-import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from typing import Any
 
 from lightning_ray.agent import LitAgent
-from lightning_ray.capture.keys import Claims, issue_key
-from lightning_ray.emit import emit_exception, emit_reward
-from lightning_ray.errors import AgentError, StoreError
+from lightning_ray.hooks import Hook, HookRunner
+from lightning_ray.instrumentation import instrument_clients
+from lightning_ray.running.calls import AgentCalls, CallsHere
+from lightning_ray.running.failures import infrastructure as infrastructure
+from lightning_ray.running.play import Play, Stage
+from lightning_ray.running.reports import Reports, UnstorableError
+from lightning_ray.running.reports import storable as storable
+from lightning_ray.running.resources import ResourceBook
+from lightning_ray.running.watchdog import Watchdog, exit_now
 from lightning_ray.store.base import Store
-from lightning_ray.store.schema import spans_to_batch
-from lightning_ray.tracing import AttemptTrace, traced
-from lightning_ray.types import AttemptedRollout, NamedResources, ProxyLLM
+from lightning_ray.tracing.tracer import OtelTracer, Tracer
+from lightning_ray.types import AttemptedRollout
 
 LEASE_WAIT_SECONDS = 5.0
+LEASE_AT_ONCE = 16
+"""Rollouts leased by one call: the rest is left to other runners."""
 HEARTBEAT_SECONDS = 2.0
-KEY_SECONDS = 6 * 3600.0
-"""Life of an attempt's key when its rollout has no timeout."""
-SPARE_THREADS = 256
-"""Threads beyond ``concurrency`` for agents that are not async: one given up keeps its thread until it returns."""
+EXPORT_SECONDS = 1.0
+STUCK_SHARE = 0.5
+"""Of the slots; a runner with that many stuck agents takes no more rollouts."""
 
 logger = logging.getLogger(__name__)
 
 
 class Runner:
-    """Plays ``agent`` on rollouts from ``store``, up to ``concurrency`` at once, until stopped."""
+    """Plays ``agent`` on rollouts from ``store``, up to ``concurrency`` at once, until stopped or drained.
 
-    def __init__(self, agent: LitAgent[Any], store: Store, worker_id: str, secret: bytes, concurrency: int = 32):
+    ``calls`` is how the agent is called, in this process by default. ``is_process`` says that this process is the
+    runner's own, and may end with it.
+    """
+
+    def __init__(
+        self,
+        agent: LitAgent[Any],
+        store: Store,
+        worker_id: str,
+        secret: bytes,
+        concurrency: int = 32,
+        *,
+        hooks: Sequence[Hook] | Hook | None = None,
+        calls: AgentCalls | None = None,
+        is_process: bool = False,
+    ):
+        self.worker_id = worker_id
+        self.tracer: Tracer = OtelTracer()
+        self.ended = 0
+        """Attempts that were played to an end that the store knows."""
         self._agent = agent
         self._store = store
-        self._worker_id = worker_id
-        self._secret = secret
-        self._free = asyncio.Semaphore(concurrency)
         self._concurrency = concurrency
-        self._threads = ThreadPoolExecutor(concurrency + SPARE_THREADS, thread_name_prefix=worker_id)
-        self._playing: dict[tuple[str, str], asyncio.Task[None]] = {}
-        self._resources: dict[str, NamedResources] = {}
+        self._is_process = is_process
+        self._calls = calls or CallsHere(agent)
+        self._stage = Stage(
+            runner=self,
+            agent=agent,
+            calls=self._calls,
+            resources=ResourceBook(store, secret),
+            reports=Reports(store),
+            hooks=HookRunner(hooks),
+        )
+        self._playing: dict[tuple[str, str], Play] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Event()
+        self._draining: str | None = None
+        agent.set_runner(self)
 
-    async def run(self) -> None:
-        """Lease and play until cancelled; then cancel what is being played."""
-        heart = asyncio.create_task(self._beat())
+    @property
+    def playing(self) -> int:
+        """How many attempts are being played."""
+        return len(self._playing)
+
+    def drain(self, reason: str) -> None:
+        """Lease nothing more; ``run`` returns when what is being played has ended."""
+        self._draining = self._draining or reason
+        self._changed.set()
+
+    async def run(self) -> str:
+        """Lease and play until drained; returns the reason. When cancelled, cancels what is being played."""
+        instrument_clients()
+        watchdog = self._watchdog()
+        background = [asyncio.create_task(work) for work in (self._beat(), self._export())]
         try:
-            while True:
-                await self._free.acquire()
-                self._free.release()
-                wanted = self._concurrency - len(self._playing)
-                leased = await self._store.dequeue_many_rollouts(
-                    limit=wanted, worker_id=self._worker_id, timeout=LEASE_WAIT_SECONDS
-                )
-                for rollout in leased:
-                    await self._free.acquire()
-                    self._start(rollout)
+            while self._draining is None:
+                if free := self._concurrency - len(self._playing):
+                    for rollout in await self._lease(min(free, LEASE_AT_ONCE)):
+                        self._start(rollout)
+                else:
+                    await self._change()
+            while self._playing:
+                await self._change()
+            return self._draining
         finally:
-            heart.cancel()
-            for task in list(self._playing.values()):
+            for play in list(self._playing.values()):
+                play.stop()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            for task in background:
                 task.cancel()
-            await asyncio.gather(*self._playing.values(), return_exceptions=True)
-            self._threads.shutdown(wait=False, cancel_futures=True)
+            if watchdog is not None:
+                watchdog.close()
+            await self._calls.close()
+
+    async def _lease(self, limit: int) -> list[AttemptedRollout]:
+        return await self._store.dequeue_many_rollouts(
+            limit=limit, worker_id=self.worker_id, timeout=LEASE_WAIT_SECONDS
+        )
+
+    async def _change(self) -> None:
+        """Wait until an attempt has ended, or the runner is drained."""
+        self._changed.clear()
+        await self._changed.wait()
 
     def _start(self, rollout: AttemptedRollout) -> None:
-        key = (rollout.rollout_id, rollout.attempt.attempt_id)
-        task = asyncio.create_task(self._play(rollout))
-        self._playing[key] = task
+        play = Play(self._stage, rollout)
+        self._playing[play.key] = play
+        task = asyncio.create_task(play.run())
+        self._tasks.add(task)
 
         def ended(task: asyncio.Task[None]) -> None:
-            del self._playing[key]
-            self._free.release()
+            del self._playing[play.key]
+            self._tasks.discard(task)
+            self.ended += 1
+            self._changed.set()
             if not task.cancelled() and (error := task.exception()) is not None:
                 # The store takes the attempt back when its lease ends.
-                logger.error("the end of attempt %s could not be reported", key[1], exc_info=error)
+                logger.error("the end of attempt %s could not be reported", play.key[1], exc_info=error)
 
         task.add_done_callback(ended)
 
@@ -88,93 +146,34 @@ class Runner:
         while True:
             await asyncio.sleep(HEARTBEAT_SECONDS)
             try:
-                stopped = await self._store.heartbeat(self._worker_id, list(self._playing))
+                stopped = await self._store.heartbeat(self.worker_id, list(self._playing))
             except Exception:
-                logger.exception("heartbeat of runner %s failed", self._worker_id)
+                logger.exception("heartbeat of runner %s failed", self.worker_id)
                 continue
-            for rollout_id, attempt_id in stopped:
-                if task := self._playing.get((rollout_id, attempt_id)):
-                    task.cancel()
+            for key in stopped:
+                if play := self._playing.get(key):
+                    play.stop()
 
-    async def _play(self, rollout: AttemptedRollout) -> None:
-        trace = AttemptTrace(rollout.rollout_id, rollout.attempt.attempt_id)
-        status, metadata = "succeeded", None
-        with traced(trace):
+    async def _export(self) -> None:
+        """Send the spans of attempts that go on, and look for agents that are stuck."""
+        while True:
+            await asyncio.sleep(EXPORT_SECONDS)
+            plays = list(self._playing.values())
+            taken = [(play, play.take()) for play in plays]
             try:
-                resources = await self._resources_of(rollout)
-                result = await self._call(rollout, resources)
-                if result is not None:
-                    self._emit_result(result)
-                spans = spans_to_batch(trace.spans)
-            except (Exception, SystemExit, asyncio.CancelledError) as error:
-                if isinstance(error, asyncio.CancelledError) and being_cancelled():
-                    raise
-                status = "failed"
-                metadata = {"reason": f"{type(error).__name__}: {error}", **infrastructure(error)}
-                emit_exception(error)
-                spans = spans_to_batch(storable(trace.spans))
-        await self._store.finish_attempt(rollout.rollout_id, rollout.attempt.attempt_id, status, spans, metadata)
+                await self._stage.reports.append([row for _, rows in taken for row in rows])
+                for play, rows in taken:
+                    play.sent(rows)
+            except UnstorableError:
+                for play in plays:
+                    play.drop_unstorable()
+            except Exception:
+                logger.exception("spans of runner %s could not be stored; they are sent again", self.worker_id)
+            stuck = self._calls.stuck() + len(self._stage.stuck)
+            if stuck and stuck >= STUCK_SHARE * self._concurrency:
+                self.drain(f"{stuck} agents did not end when they were told to, of at most {self._concurrency}")
 
-    def _emit_result(self, result: Any) -> None:
-        try:
-            emit_reward(result)
-        except (TypeError, ValueError) as error:
-            name = getattr(self._agent, "__name__", type(self._agent).__name__)
-            raise AgentError(
-                f"agent {name!r} returned {type(result).__name__} {result!r:.80}; return a number (the reward) or None"
-            ) from error
-
-    async def _call(self, rollout: AttemptedRollout, resources: NamedResources) -> Any:
-        kind = "validation_rollout" if rollout.mode in ("val", "test") else "training_rollout"
-        arguments = (rollout.input, resources, rollout)
-        if self._agent.is_async():
-            return await getattr(self._agent, f"{kind}_async")(*arguments)
-        context = contextvars.copy_context()
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, context.run, getattr(self._agent, kind), *arguments)
-
-    async def _resources_of(self, rollout: AttemptedRollout) -> NamedResources:
-        """The rollout's resources, each captured endpoint with this attempt's own key."""
-        resources_id = rollout.resources_id
-        if resources_id is None:
-            return {}
-        if resources_id not in self._resources:
-            update = await self._store.get_resources_by_id(resources_id)
-            if update is None:
-                raise AgentError(f"rollout {rollout.rollout_id} wants resources {resources_id!r}, which do not exist")
-            self._resources[resources_id] = update.resources
-        life = rollout.config.timeout_seconds or KEY_SECONDS
-        return {
-            name: self._own(value, rollout, time.time() + life) if isinstance(value, ProxyLLM) else value
-            for name, value in self._resources[resources_id].items()
-        }
-
-    def _own(self, llm: ProxyLLM, rollout: AttemptedRollout, expires: float) -> ProxyLLM:
-        claims = Claims(rollout.rollout_id, rollout.attempt.attempt_id, expires, llm.sampling_parameters)
-        return llm.model_copy(update={"api_key": issue_key(self._secret, claims)})
-
-
-def being_cancelled() -> bool:
-    """Whether the runner cancels this task; otherwise a CancelledError comes from inside the agent."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
-
-
-def storable(spans: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The spans without those whose attributes cannot be stored."""
-    kept = []
-    for span in spans:
-        with contextlib.suppress(StoreError):
-            spans_to_batch([span])
-            kept.append(span)
-    return kept
-
-
-def infrastructure(error: BaseException) -> Mapping[str, bool]:
-    """Whether an exception out of an agent is the system's failure, not its own: its endpoint was gone or broken."""
-    import openai
-
-    lost = isinstance(error, openai.APIConnectionError) or (
-        isinstance(error, openai.APIStatusError) and error.status_code >= 500
-    )
-    return {"infrastructure": True} if lost else {}
+    def _watchdog(self) -> Watchdog | None:
+        if not self._is_process:
+            return None
+        return Watchdog(self._store, self.worker_id, lambda: list(self._playing.values()), exit_now)

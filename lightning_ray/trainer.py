@@ -7,57 +7,122 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import difflib
+import inspect
 import signal
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from lightning_ray.agent import LitAgent
-from lightning_ray.algorithms.grpo import GRPO
+from lightning_ray.algorithms.base import Algorithm
+from lightning_ray.components import Spec, build_component
+from lightning_ray.config import RunnerSettings
 from lightning_ray.errors import ConfigError
+from lightning_ray.hooks import Hook
 from lightning_ray.launch import current_launch
-from lightning_ray.types import Dataset
+from lightning_ray.tracing import OtelTracer, Tracer
+from lightning_ray.types import Dataset, NamedResources
+
+if TYPE_CHECKING:
+    from lightning_ray.adapters import TraceAdapter
+    from lightning_ray.dev import DevRollout
+    from lightning_ray.store.base import Store
 
 T = TypeVar("T")
+CONCURRENCY = 64
+CONCURRENCY_OF_PROCESSES = 8
 
 
 class Trainer:
     """Trains an agent with an algorithm.
 
     Args:
-        algorithm: how to learn.
+        algorithm: how to learn; ``dev`` has one of its own. Like adapter, tracer and store an instance, or what makes
+            one: a class, a factory, a dotted name, a mapping with "type".
         n_runners: Ray actors that play rollouts.
-        concurrency: rollouts that one runner plays at once.
+        max_runners: how many there may be while more is queued than they can play; by default no more.
+        concurrency: rollouts that one runner plays at once; by default 64, or 8 in processes of their own.
+        isolation: ``"process"`` plays each attempt in a process of its own: agents may crash.
         name: of the run; its folder is ``runs_dir/name``.
         runs_dir: where runs are kept.
         address: of a Ray cluster; by default RAY_ADDRESS, or a Ray of the run's own on this machine.
+        initial_resources: what agents get before anything was learned, for algorithms that ask for it.
+        hooks: called at four moments of every rollout.
+        adapter: what algorithms get to turn spans into something to learn from.
+        tracer: what hooks and agents see as their tracer.
+        store: where ``dev`` keeps rollouts and spans; a run has its own.
+        llm_proxy: handed to algorithms that ask for it.
+        max_rollouts: after how many ``dev`` stops.
+        strategy, dev: of Agent Lightning 0.3; accepted, and without effect.
     """
 
     def __init__(
         self,
         *,
-        algorithm: GRPO,
+        algorithm: Spec[Algorithm] | None = None,
         n_runners: int = 2,
-        concurrency: int = 64,
+        max_runners: int | None = None,
+        concurrency: int | None = None,
+        isolation: Literal["process"] | None = None,
         name: str = "run",
         runs_dir: str | Path = "runs",
         address: str | None = None,
+        initial_resources: NamedResources | None = None,
+        hooks: Hook | Sequence[Hook] | None = None,
+        adapter: Spec[TraceAdapter[Any]] | None = None,
+        tracer: Spec[Tracer] | None = None,
+        store: Spec[Store] | None = None,
+        llm_proxy: Any = None,
+        max_rollouts: int | None = None,
+        strategy: Any = None,
+        dev: bool = False,
+        **unknown: Any,
     ):
+        refuse_unknown(unknown)
+        if strategy is not None:
+            warnings.warn(f"strategy={strategy!r} has no effect: Ray places and runs everything", stacklevel=2)
+        if dev:
+            warnings.warn("Trainer(dev=True) has no effect; call Trainer.dev(...)", DeprecationWarning, stacklevel=2)
         launch = current_launch()
+        if concurrency is None:
+            concurrency = CONCURRENCY if isolation is None else CONCURRENCY_OF_PROCESSES
         if n_runners < 1 or concurrency < 1:
             raise ConfigError(f"n_runners={n_runners}, concurrency={concurrency}: both must be at least 1")
-        self.algorithm = launch.apply(algorithm)
+        if isolation not in (None, "process"):
+            raise ConfigError(f"isolation={isolation!r}: it is 'process', or None for agents that share a process")
+        self.algorithm: Algorithm | None = launch.apply(
+            build_component(algorithm, expected_type=Algorithm, spec_name="algorithm")
+        )
         self.n_runners = launch.setting("n_runners", n_runners)
+        self.max_runners = launch.setting("max_runners", self.n_runners if max_runners is None else max_runners)
         self.concurrency = launch.setting("concurrency", concurrency)
+        self.isolation = isolation
+        if self.max_runners < self.n_runners:
+            raise ConfigError(f"max_runners={self.max_runners}: it is at least n_runners={self.n_runners}")
         self.folder = (Path(launch.runs_dir or runs_dir) / (launch.name or name)).absolute()
         self.address = address
         self.resume = launch.resume
+        self.initial_resources = initial_resources
+        self.hooks = [hooks] if isinstance(hooks, Hook) else list(hooks or ())
+        self.tracer = build_component(tracer, expected_type=Tracer, spec_name="tracer") or OtelTracer()
+        self.store: Store | None = None if store is None else store_of(store)
+        self.llm_proxy = llm_proxy
+        self.max_rollouts = max_rollouts
+        self._adapter = None if adapter is None else adapter_of(adapter)
         launch.refuse_leftovers()
+
+    @cached_property
+    def adapter(self) -> TraceAdapter[Any]:
+        """The adapter that was given, otherwise a TracerTraceToTriplet."""
+        return self._adapter if self._adapter is not None else adapter_of({})
 
     def fit(
         self,
         agent: LitAgent[T],
-        train_dataset: Dataset[T],
+        train_dataset: Dataset[T] | None = None,
         *,
         val_dataset: Dataset[T] | None = None,
         test_dataset: Dataset[T] | None = None,
@@ -68,24 +133,51 @@ class Trainer:
         Raises LightningRayError with a message that names the thing, its value and the fix; KeyboardInterrupt after
         an orderly end.
         """
-        datasets: dict[str, Dataset[Any]] = {"train": train_dataset}
+        datasets: dict[str, Dataset[Any]] = {"train": [] if train_dataset is None else train_dataset}
         for split, data in (("val", val_dataset), ("test", test_dataset)):
             if data is not None and len(data):
                 datasets[split] = data
         with stoppable():
             return asyncio.run(self._fit(agent, datasets))
 
+    def dev(
+        self,
+        agent: LitAgent[T],
+        train_dataset: Dataset[T] | None = None,
+        *,
+        val_dataset: Dataset[T] | None = None,
+        tasks: int | None = None,
+        folder: str | Path | None = None,
+    ) -> list[DevRollout]:
+        """Try an agent out on the first ``tasks`` (10) of each data set, in this process, without Ray and GPU.
+
+        The model is what ``initial_resources`` say, any endpoint will do. Agents are called in this thread, one
+        rollout after the other: breakpoints work. Prints a table, and returns the rollouts with their spans.
+        ``folder`` keeps the store, for ``lightning-ray spans`` and ``doctor``; by default it is gone afterwards.
+        """
+        from lightning_ray.dev import TASKS, FirstOf, check_resources, dev_algorithm, develop, show
+
+        check_agent(agent)
+        dev_algorithm(self.algorithm)
+        check_resources(agent, self)
+        count = TASKS if tasks is None else tasks
+        datasets = [data if data is None else FirstOf(data, count) for data in (train_dataset, val_dataset)]
+        played = asyncio.run(develop(self, agent, datasets, None if folder is None else Path(folder)))
+        show(played)
+        return played
+
     async def _fit(self, agent: LitAgent[Any], datasets: dict[str, Dataset[Any]]) -> dict[str, Any]:
-        from lightning_ray.cluster import Cluster, check_memory, check_port
+        from lightning_ray.algorithms.over_store import attach
+        from lightning_ray.cluster import Cluster
         from lightning_ray.progress import Reporter
         from lightning_ray.run import Run
         from lightning_ray.run_folder import RunFolder, write_json
 
-        if not isinstance(agent, LitAgent):
-            raise ConfigError(
-                f"agent is {type(agent).__name__} {agent!r:.60}; decorate the function with @lightning_ray.rollout, or "
-                "subclass LitAgent"
-            )
+        check_agent(agent)
+        if self.algorithm is None:
+            raise ConfigError("fit() needs an algorithm: Trainer(algorithm=lr.GRPO(...)); dev() has one of its own")
+        if self.store is not None:
+            raise ConfigError(f"store={self.store!r}: a run keeps its rollouts in a store of its own; give it to dev()")
         folder = RunFolder(self.folder)
         run = Run(
             folder,
@@ -93,18 +185,17 @@ class Trainer:
             Cluster(self.address),
             agent,
             datasets,
-            self.n_runners,
-            self.concurrency,
+            self._runners(),
             self.resume,
+            self.hooks,
         )
+        agent.set_trainer(self)
+        attach(self.algorithm, self)
         self.algorithm.check(run)
-        check_port(self.algorithm.engine)
-        if run.cluster.owned:
-            check_memory(self.algorithm.engine, self.algorithm.ranks)
         folder.create(self.resume)
         write_json(folder.path / "config.json", self.resolved())
         try:
-            await self.algorithm.run(run)
+            await self.algorithm.learn(run)
         finally:
             await asyncio.shield(run.close())
         import json
@@ -112,14 +203,68 @@ class Trainer:
         summary: dict[str, Any] = json.loads((folder.path / "summary.json").read_text())
         return summary
 
+    def _runners(self) -> RunnerSettings:
+        return RunnerSettings(
+            minimum=self.n_runners, maximum=self.max_runners, concurrency=self.concurrency, isolation=self.isolation
+        )
+
     def resolved(self) -> dict[str, Any]:
         """All settings, as config.json keeps them."""
+        algorithm = self.algorithm
         return {
-            "algorithm": {"name": type(self.algorithm).__name__, **self.algorithm.model_dump(mode="python")},
+            "algorithm": algorithm and {"name": type(algorithm).__name__, **algorithm.settings()},
             "n_runners": self.n_runners,
+            "max_runners": self.max_runners,
             "concurrency": self.concurrency,
+            "isolation": self.isolation,
             "address": self.address,
         }
+
+
+def adapter_of(spec: Spec[TraceAdapter[Any]]) -> TraceAdapter[Any]:
+    """The adapter that is meant; a mapping without a type has a TracerTraceToTriplet's arguments."""
+    from lightning_ray.adapters import TraceAdapter, TracerTraceToTriplet
+
+    made = build_component(spec, expected_type=TraceAdapter, spec_name="adapter", dict_default_cls=TracerTraceToTriplet)
+    assert made is not None
+    return made
+
+
+def store_of(spec: Spec[Store]) -> Store:
+    """The store that is meant."""
+    from lightning_ray.store.base import Store
+
+    made = build_component(spec, expected_type=Store, spec_name="store")  # type: ignore[type-abstract]
+    assert made is not None
+    return made
+
+
+def check_agent(agent: Any) -> None:
+    """Raises ConfigError for what is no agent."""
+    if not isinstance(agent, LitAgent):
+        raise ConfigError(
+            f"agent is {type(agent).__name__} {agent!r:.60}; decorate the function with @lightning_ray.rollout, or "
+            "subclass LitAgent"
+        )
+
+
+RENAMED = {
+    "n_workers": "n_runners",
+    "max_tasks": "max_rollouts",
+    "triplet_exporter": "adapter",
+    "trainer": "algorithm",
+    "log_dir": "runs_dir",
+}
+"""Names of older versions -> ours."""
+
+
+def refuse_unknown(arguments: dict[str, Any]) -> None:
+    """Raises ConfigError naming an argument that Trainer does not have, and the nearest that it has."""
+    known = [name for name in inspect.signature(Trainer).parameters if name != "unknown"]
+    for name, value in arguments.items():
+        close = [RENAMED[name]] if name in RENAMED else difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+        raise ConfigError(f"Trainer({name}={value!r:.60}): there is no such argument; {hint}")
 
 
 @contextlib.contextmanager

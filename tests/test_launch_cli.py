@@ -147,6 +147,24 @@ def test_a_trainer_without_runners_is_refused(arguments: dict[str, int]) -> None
         lr.Trainer(algorithm=ALGORITHM, **arguments)  # type: ignore[arg-type]
 
 
+def test_the_runners_settings_are_resolved_and_refused_by_name() -> None:
+    made = trainer({"max_runners": 6}, n_runners=2)
+    assert made.resolved() | {"algorithm": None} == {
+        "algorithm": None,
+        "n_runners": 2,
+        "max_runners": 6,
+        "concurrency": 64,
+        "isolation": None,
+        "address": None,
+    }
+    isolated = lr.Trainer(algorithm=ALGORITHM, isolation="process")
+    assert (isolated.max_runners, isolated.concurrency, isolated.isolation) == (2, 8, "process")
+    with pytest.raises(lr.ConfigError, match="max_runners=1: it is at least n_runners=2"):
+        lr.Trainer(algorithm=ALGORITHM, max_runners=1)
+    with pytest.raises(lr.ConfigError, match="isolation='thread'"):
+        lr.Trainer(algorithm=ALGORITHM, isolation="thread")  # type: ignore[arg-type]
+
+
 # The command
 
 SCRIPT = """

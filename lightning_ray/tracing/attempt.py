@@ -59,6 +59,8 @@ class AttemptTrace:
     root_id: str = field(default_factory=lambda: secrets.token_hex(8), repr=False)
     """What OpenTelemetry is told to be the parent of the attempt's outermost spans."""
     ended: bool = False
+    listener: Callable[[Row], None] | None = field(default=None, repr=False)
+    """Told each span as it is recorded, in the thread that records it."""
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
@@ -110,7 +112,9 @@ class AttemptTrace:
                 return False
             self._begun.add(row["span_id"])
             self.spans.append(row)
-            return True
+        if self.listener is not None:
+            self.listener(row)
+        return True
 
     def knows(self, span_id: str) -> bool:
         """Whether a span of this attempt has that id."""

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,12 @@ def finish(process: subprocess.Popen[str], folder: Path, timeout: float = 300) -
     return output
 
 
+def doctor(folder: Path) -> str:
+    """What ``lightning-ray doctor --json`` tells of a run."""
+    arguments = [sys.executable, "-m", "lightning_ray.cli", "doctor", str(folder), "--json"]
+    return subprocess.run(arguments, capture_output=True, text=True, check=True, timeout=120, cwd=ROOT).stdout
+
+
 def metrics(folder: Path) -> list[dict[str, Any]]:
     file = folder / "runs" / "tiny" / "metrics.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
@@ -112,11 +119,19 @@ def test_it_learns_although_interrupted_in_the_middle(tmp_path: Path) -> None:
 
     AutoModelForCausalLM.from_pretrained(folder / "checkpoints/step-000012")
     assert open_folder(folder / "store").statistics()
+    told = json.loads(doctor(folder))
+    verdicts = Counter(each["reason"] for each in told["diagnoses"] if each["step"] is not None)
+    assert told["contradictions"] == [] and verdicts.pop("trained") == summary["rollouts_trained"]
+    assert verdicts == summary["rollouts_dropped"]
+    assert len(told["diagnoses"]) == told["rollouts"] == len(open_folder(folder / "store").query_rollouts())
 
 
 @pytest.mark.parametrize(
     ("agent", "expected"),
-    [("raises", 'KeyError: "the agent\'s own defect"'), ("returns_text", "returned str 'a string'; return a number")],
+    [
+        ("raises", 'KeyError: "the agent\'s own defect"'),
+        ("returns_text", "agent 'returns_text' returned str 'a string'"),
+    ],
 )
 def test_a_broken_agent_stops_the_run_with_its_reason(tmp_path: Path, agent: str, expected: str) -> None:
     process = start(tmp_path, "--set", "algorithm.ranks=1", "--", agent)

@@ -20,7 +20,7 @@ from rich.console import Console
 from lightning_ray.algorithms.grpo import GRPO
 from lightning_ray.capture.keys import Claims, issue_key
 from lightning_ray.cluster import Cluster
-from lightning_ray.config import EngineSettings
+from lightning_ray.config import EngineSettings, RunnerSettings
 from lightning_ray.errors import SwapError
 from lightning_ray.progress import Reporter
 from lightning_ray.run import Run
@@ -31,6 +31,7 @@ from tests.e2e.tiny import make_tiny_model, two_turns
 
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module")]
 TOLERANCE = 1e-4
+RUNNERS = RunnerSettings(minimum=2, maximum=2, concurrency=32)
 TASKS = [{"question": f"w{i} w{i + 1}", "length": 8} for i in range(6)]
 
 
@@ -46,7 +47,7 @@ async def run(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Run]:
         engine=EngineSettings(replicas=2, max_model_len=128, kv_cache_memory_mb=16),
     )
     reporter = Reporter(Console(quiet=True))
-    run = Run(folder, reporter, Cluster(), two_turns, {"train": TASKS}, 2, 32, False)
+    run = Run(folder, reporter, Cluster(), two_turns, {"train": TASKS}, RUNNERS, False)
     try:
         await run.start(settings)
         yield run

@@ -1,0 +1,24 @@
+"""The last lines that a process wrote, without what is of no use to a reader."""
+
+from __future__ import annotations
+
+import re
+
+LINES = 8
+FRAMES = 4
+"""Kept of the stack that Python's fault handler writes."""
+CHARACTERS = 800
+_FATAL = "Fatal Python error: "
+_NOISE = re.compile(r"^(:actor_name:|:job_id:|:task_name:|Extension modules: |\s*$)")
+
+
+def last_words(text: str) -> str:
+    """In one line; empty if there is nothing."""
+    lines = [line.strip() for line in text.splitlines() if not _NOISE.match(line)]
+    fatal = next((place for place in reversed(range(len(lines))) if lines[place].startswith(_FATAL)), None)
+    if fatal is None:
+        kept = lines[-LINES:]
+    else:
+        frames = [line for line in lines[fatal + 1 :] if line.startswith("File ")][:FRAMES]
+        kept = [*lines[max(0, fatal - LINES) : fatal + 1], *frames]
+    return " | ".join(kept)[-CHARACTERS:]
