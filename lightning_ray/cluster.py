@@ -111,6 +111,17 @@ class Cluster:
         self.store = clients[0] if shards == 1 else ShardedStore(clients)
         return self.store
 
+    def whereabouts(self) -> dict[str, Any]:
+        """How to reach the run: Ray's address and namespace, the store's actor (or the root of its shards' names)."""
+        import ray
+
+        return {
+            "address": ray.get_runtime_context().gcs_address,
+            "namespace": self._name,
+            "store": f"{self._name}-store",
+            "shards": len(self._store_actors),
+        }
+
     async def start_policy(self, model: Path, model_name: str, settings: EngineSettings) -> ProxyLLM:
         """Serve the model; returns the endpoint that agents use. Answers start with the first proved push."""
         from ray import serve

@@ -91,6 +91,7 @@ class Run:
             self.cluster.start_ray()
             self.store = self.cluster.start_store(self.folder.store, settings.store_shards)
             await self.store.statistics()
+            write_json(self.folder.path / "ray.json", self.cluster.whereabouts())
             await self._cancel_leftovers()
         model = await self._model(settings)
         with self.reporter.stage("engine and trainer up"):

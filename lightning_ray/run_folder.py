@@ -26,6 +26,7 @@ README = """# Run {name}
 | `metrics.jsonl` | one JSON object for each step and each validation |
 | `tensorboard/` | the same for `tensorboard --logdir` |
 | `config.json` | the resolved settings |
+| `ray.json` | while it runs: Ray's address and namespace, and the name of the store's actor |
 | `checkpoints/` | models in Hugging Face format, each with the state of its training; `latest` names the last |
 | `store/` | every rollout and span: `lightning-ray spans "SELECT ..." FOLDER`, or `lightning_ray.store.open_folder` |
 

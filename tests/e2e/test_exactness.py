@@ -6,6 +6,7 @@ Real Ray, Serve, vLLM and FSDP2; one cluster for all tests of this file, in thei
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -15,6 +16,7 @@ import openai
 import pyarrow.compute as pc
 import pytest
 import pytest_asyncio
+import ray
 from rich.console import Console
 
 from lightning_ray.algorithms.grpo import GRPO
@@ -25,6 +27,7 @@ from lightning_ray.errors import SwapError
 from lightning_ray.progress import Reporter
 from lightning_ray.run import Run
 from lightning_ray.run_folder import RunFolder
+from lightning_ray.store import StoreClient
 from lightning_ray.trajectories.account import batch_of, settle
 from lightning_ray.trajectories.episode import Episode
 from tests.e2e.tiny import make_tiny_model, two_turns
@@ -191,6 +194,12 @@ async def test_a_swap_that_moved_nothing_is_refused_by_the_names_of_what_differs
     assert "lm_head.weight (tied to model.embed_tokens.weight)" in str(refused.value)
     assert "model.layers.*.mlp.down_proj.weight (2)" in str(refused.value)
     await run.publish(run.state.version + 1)
+
+
+async def test_the_folder_tells_where_the_store_is(run: Run) -> None:
+    told = json.loads((run.folder.path / "ray.json").read_text())
+    store = StoreClient(ray.get_actor(told["store"], told["namespace"]))
+    assert told["shards"] == 1 and (await store.statistics())["total_rollouts"] > 0
 
 
 async def test_an_attempts_key_opens_its_own_route_alone(run: Run) -> None:
