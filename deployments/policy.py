@@ -67,7 +67,7 @@ class Policy:
 
     def _arguments(self) -> list[str]:
         settings = self.settings
-        arguments = {
+        arguments: dict[str, Any] = {
             "model": self.model,
             "served-model-name": self.model_name,
             "dtype": settings.chosen_dtype,
@@ -82,6 +82,13 @@ class Policy:
         if settings.device == "cpu":
             arguments["distributed-executor-backend"] = "uni"
             flags.append("--enforce-eager")
+        if settings.tool_parser is not None:
+            arguments["tool-call-parser"] = settings.tool_parser
+            flags.append("--enable-auto-tool-choice")
+        if settings.reasoning_parser is not None:
+            arguments["reasoning-parser"] = settings.reasoning_parser
+        flags += [f"--{name}" for name, value in settings.arguments.items() if value is True]
+        arguments |= {name: value for name, value in settings.arguments.items() if value is not True}
         return [part for name, value in arguments.items() for part in (f"--{name}", str(value))] + flags
 
     async def _append(self, rows: list[dict[str, Any]]) -> None:

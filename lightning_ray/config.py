@@ -29,6 +29,12 @@ class EngineSettings(Settings):
     max_model_len: int | None = None
     max_num_seqs: int = Field(default=64, ge=1)
     kv_cache_memory_mb: int = Field(default=128, ge=8)
+    tool_parser: str | None = None
+    """vLLM's parser of tool calls (``hermes``, ``qwen3_coder``, ...); without one, tools cannot be called."""
+    reasoning_parser: str | None = None
+    """vLLM's parser of reasoning (``qwen3``, ``deepseek_r1``, ...)."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of ``vllm serve`` by their names without dashes; true for a flag."""
     transfer: Literal["auto", "gloo", "nccl"] = "auto"
     """What carries the weights from trainer to engine; ``auto`` is gloo on CPU and NCCL on CUDA."""
     logprob_tolerance: float = Field(default=1e-4, gt=0)
