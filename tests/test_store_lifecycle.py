@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from lightning_ray.errors import StoreError
-from lightning_ray.store.lifecycle import MAX_INFRASTRUCTURE_FAILURES, SEQUENCE_BLOCK, Lifecycle
+from lightning_ray.store.lifecycle import MAX_INFRASTRUCTURE_FAILURES, OWN_LOSS, SEQUENCE_BLOCK, SHARED_LOSS, Lifecycle
 from lightning_ray.store.packing import pack, unpack
 from lightning_ray.store.state import RunState
 from lightning_ray.types import (
@@ -177,6 +177,18 @@ def test_a_lost_worker_is_not_the_agents_fault_but_bounded() -> None:
     assert rollout.status == "failed"
     assert rollout.metadata == {"failure": {"kind": "infrastructure", "reason": "worker last was lost: killed"}}
     assert lifecycle.release_worker("last", "killed", 1.0) == []
+
+
+def test_what_many_lost_together_is_hardly_the_doing_of_one() -> None:
+    lifecycle = make()
+    enqueue(lifecycle, "a", "b")
+    for failure in range(MAX_INFRASTRUCTURE_FAILURES * OWN_LOSS):
+        lifecycle.dequeue(2, f"w{failure}", None, 0.0)
+        assert lifecycle.release_worker(f"w{failure}", "killed", 1.0) == ["a", "b"]
+        assert lifecycle.rollout("a").status == "requeuing"
+    lease(lifecycle, worker_id="last")
+    assert lifecycle.release_worker("last", "killed", 1.0) == ["a"]
+    assert (lifecycle.rollout("a").status, lifecycle.rollout("b").status) == ("failed", "requeuing")
 
 
 def test_a_worker_can_report_a_failure_of_the_infrastructure() -> None:
@@ -351,11 +363,12 @@ class Model:
         task.status = "preparing"
         self.working.append(name)
 
-    def end(self, name: str, status: str, lost: bool) -> None:
+    def end(self, name: str, status: str, lost: int) -> None:
+        """``lost`` is what a failure of the infrastructure weighs."""
         task = self.tasks[name]
         if lost and status != "succeeded":
-            task.lost += 1
-            again = task.lost <= MAX_INFRASTRUCTURE_FAILURES
+            again = task.lost < MAX_INFRASTRUCTURE_FAILURES * OWN_LOSS
+            task.lost += lost
         else:
             task.counted += 1
             again = status in task.config.retry_condition and task.counted < task.config.max_attempts
@@ -373,16 +386,17 @@ class Model:
             self.queue.append(name)
 
     def tick(self, now: float) -> None:
+        held = Counter(task.live.worker for task in self.tasks.values() if task.live is not None)
         for name in list(self.working):
             task, live = self.tasks[name], self.tasks[name].live
             assert live is not None
             timeout, silent = task.config.timeout_seconds, task.config.unresponsive_seconds
             if timeout is not None and now - live.begun > timeout:
-                self.end(name, "timeout", False)
+                self.end(name, "timeout", 0)
             elif silent is not None and now - live.seen > silent:
-                self.end(name, "unresponsive", False)
+                self.end(name, "unresponsive", 0)
             elif live.leased and now - live.seen > LEASE:
-                self.end(name, "failed", True)
+                self.end(name, "failed", SHARED_LOSS if held[live.worker] > 1 else OWN_LOSS)
 
 
 NAMES = st.sampled_from("abcdef")
@@ -471,7 +485,7 @@ class AnyHistory(RuleBasedStateMachine):
         else:
             finish(self.lifecycle, name, attempt_id, status, {"infrastructure": lost}, self.now)
         if was_live:
-            self.model.end(name, status, lost)
+            self.model.end(name, status, OWN_LOSS * lost)
 
     @precondition(lambda self: self.known)
     @rule(data=st.data(), status=st.sampled_from(["preparing", "running"]), worker=WORKERS)
@@ -544,7 +558,7 @@ class AnyHistory(RuleBasedStateMachine):
         )
         assert self.lifecycle.release_worker(worker, "killed", self.now) == held
         for name in held:
-            self.model.end(name, "failed", True)
+            self.model.end(name, "failed", SHARED_LOSS if len(held) > 1 else OWN_LOSS)
 
     @rule(names=st.sets(NAMES, max_size=2))
     def delete(self, names: set[str]) -> None:

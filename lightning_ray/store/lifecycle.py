@@ -2,7 +2,8 @@
 
     queuing -> preparing (leased) -> running (first span) -> succeeded | failed | cancelled
                     ^ requeuing <- failed, timeout, unresponsive, if RolloutConfig retries them;
-                                   and infrastructure failures, which do not count, up to 5 times
+                                   and infrastructure failures, which do not count, up to 5 times;
+                                   one that several rollouts had together is a fifth of one for each
 
 Terminal states of rollouts and attempts are final: what comes later changes nothing. Every call may be
 resent. Pure: it neither reads a clock nor writes; each decision is an event, applied at once and handed out
@@ -36,6 +37,9 @@ from lightning_ray.types import (
 
 MAX_INFRASTRUCTURE_FAILURES = 5
 """How often a rollout is queued again because a worker, not the agent, failed."""
+
+OWN_LOSS, SHARED_LOSS = 5, 1
+"""What a failure weighs that a rollout had alone, and one of a worker that was at others too: hardly its doing."""
 
 INFRASTRUCTURE = "infrastructure"
 """Key of an attempt's metadata that is true when the infrastructure failed, not the agent."""
@@ -286,15 +290,16 @@ class Lifecycle:
 
     def release_worker(self, worker_id: str, reason: str, now: float) -> list[str]:
         """Take all live attempts back from a dead worker; returns their rollouts' ids."""
-        held = sorted(self.state.by_worker.get(worker_id, ()))
+        held, weight = sorted(self.state.by_worker.get(worker_id, ())), self._weight(worker_id)
         for rollout_id in held:
-            self._lose(self.state.live[rollout_id], f"worker {worker_id} was lost: {reason}", now)
+            self._lose(self.state.live[rollout_id], f"worker {worker_id} was lost: {reason}", now, weight=weight)
         return held
 
     def tick(self, now: float) -> None:
         """End attempts past their timeout or unresponsive, take back those of silent workers, and delete what
         ended long ago.
         """
+        weights = {worker_id: self._weight(worker_id) for worker_id in self.state.by_worker}
         for rollout_id, live in list(self.state.live.items()):
             config, silent = self.state.rollouts[rollout_id].rollout.config, now - live.last_seen
             timeout, unresponsive = config.timeout_seconds, config.unresponsive_seconds
@@ -304,7 +309,7 @@ class Lifecycle:
                 self._end(live, "unresponsive", {"reason": f"no sign of life for {unresponsive} s"}, now)
             elif live.leased and silent > self._lease_seconds:
                 silence = f"worker {live.attempt.worker_id} was silent for {self._lease_seconds} s"
-                self._lose(live, silence, now)
+                self._lose(live, silence, now, weight=weights[live.attempt.worker_id])
         if self._retention_seconds is not None:
             self._delete_old(now - self._retention_seconds, now)
 
@@ -370,7 +375,7 @@ class Lifecycle:
         retry = status in config.retry_condition and entry.counted + 1 < config.max_attempts
         failure = None if status == "succeeded" or retry else {"kind": status, "reason": metadata.get("reason")}
         after = "succeeded" if status == "succeeded" else "requeuing" if retry else "failed"
-        self._emit_end(live, status, metadata, now, False, after, failure)
+        self._emit_end(live, status, metadata, now, 0, after, failure)
 
     def _lose(
         self,
@@ -379,12 +384,16 @@ class Lifecycle:
         now: float,
         status: str = "failed",
         metadata: dict[str, Any] | None = None,
+        weight: int = OWN_LOSS,
     ) -> None:
         entry = self.state.rollouts[live.attempt.rollout_id]
-        retry = entry.infrastructure < MAX_INFRASTRUCTURE_FAILURES
+        retry = entry.infrastructure < MAX_INFRASTRUCTURE_FAILURES * OWN_LOSS
         failure = None if retry else {"kind": INFRASTRUCTURE, "reason": reason}
         told = {**(metadata or {}), INFRASTRUCTURE: True, "reason": reason}
-        self._emit_end(live, status, told, now, True, "requeuing" if retry else "failed", failure)
+        self._emit_end(live, status, told, now, weight, "requeuing" if retry else "failed", failure)
+
+    def _weight(self, worker_id: str | None) -> int:
+        return SHARED_LOSS if len(self.state.by_worker.get(worker_id, ())) > 1 else OWN_LOSS
 
     def _emit_end(
         self,
@@ -392,7 +401,7 @@ class Lifecycle:
         status: str,
         metadata: dict[str, Any],
         now: float,
-        infrastructure: bool,
+        infrastructure: int,
         rollout_status: str,
         failure: dict[str, Any] | None,
     ) -> None:

@@ -24,7 +24,8 @@ class RolloutEntry:
     """A rollout and its attempts in order.
 
     ``serial`` counts rollouts as they came; ``sequence`` is the last span number given; ``counted`` and
-    ``infrastructure`` are how many attempts ended by the agent's fault and by the infrastructure's.
+    ``infrastructure`` are how many attempts ended by the agent's fault, and what those weigh that the infrastructure's
+    failures ended.
     """
 
     rollout: Rollout
@@ -120,7 +121,7 @@ class RunState:
         if event["metadata"]:
             attempt.metadata = {**(attempt.metadata or {}), **event["metadata"]}
         if event["infrastructure"]:
-            entry.infrastructure += 1
+            entry.infrastructure += event["infrastructure"]
         else:
             entry.counted += 1
         self._follow(entry.rollout, event)
