@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import os
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lightning_ray.errors import ConfigError
 
@@ -67,6 +68,19 @@ class RunnerSettings(Settings):
     """Rollouts that one runner plays at once."""
     isolation: Literal["process"] | None = None
     """``process`` plays each attempt in a process of its own, which may crash."""
+    python: str | None = None
+    """The interpreter of another environment, which plays the agent; ``isolation`` is ``process`` then."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _isolate(cls, given: Any) -> Any:
+        return {**given, "isolation": "process"} if isinstance(given, dict) and given.get("python") else given
+
+    @field_validator("python")
+    @classmethod
+    def _absolute(cls, python: str | None) -> str | None:
+        """Runners may be in another folder; a venv's interpreter is a link that is not followed."""
+        return os.path.abspath(os.path.expanduser(python)) if python and os.sep in python else python
 
 
 S = TypeVar("S", bound=BaseModel)

@@ -46,6 +46,8 @@ class Trainer:
         max_runners: how many there may be while more is queued than they can play; by default no more.
         concurrency: rollouts that one runner plays at once; by default 64, or 8 in processes of their own.
         isolation: ``"process"`` plays each attempt in a process of its own: agents may crash.
+        python: the interpreter of another environment (``env/bin/python``), which plays the agent in processes of its
+            own; there are lightning-ray's base dependencies and the agent's own.
         name: of the run; its folder is ``runs_dir/name``.
         runs_dir: where runs are kept.
         address: of a Ray cluster; by default RAY_ADDRESS, or a Ray of the run's own on this machine.
@@ -67,6 +69,7 @@ class Trainer:
         max_runners: int | None = None,
         concurrency: int | None = None,
         isolation: Literal["process"] | None = None,
+        python: str | Path | None = None,
         name: str = "run",
         runs_dir: str | Path = "runs",
         address: str | None = None,
@@ -87,6 +90,7 @@ class Trainer:
         if dev:
             warnings.warn("Trainer(dev=True) has no effect; call Trainer.dev(...)", DeprecationWarning, stacklevel=2)
         launch = current_launch()
+        isolation = isolation if python is None else isolation or "process"
         if concurrency is None:
             concurrency = CONCURRENCY if isolation is None else CONCURRENCY_OF_PROCESSES
         if n_runners < 1 or concurrency < 1:
@@ -100,6 +104,7 @@ class Trainer:
         self.max_runners = launch.setting("max_runners", self.n_runners if max_runners is None else max_runners)
         self.concurrency = launch.setting("concurrency", concurrency)
         self.isolation = isolation
+        self.python = None if python is None else str(python)
         if self.max_runners < self.n_runners:
             raise ConfigError(f"max_runners={self.max_runners}: it is at least n_runners={self.n_runners}")
         self.folder = (Path(launch.runs_dir or runs_dir) / (launch.name or name)).absolute()
@@ -205,7 +210,11 @@ class Trainer:
 
     def _runners(self) -> RunnerSettings:
         return RunnerSettings(
-            minimum=self.n_runners, maximum=self.max_runners, concurrency=self.concurrency, isolation=self.isolation
+            minimum=self.n_runners,
+            maximum=self.max_runners,
+            concurrency=self.concurrency,
+            isolation=self.isolation,
+            python=self.python,
         )
 
     def resolved(self) -> dict[str, Any]:
@@ -217,6 +226,7 @@ class Trainer:
             "max_runners": self.max_runners,
             "concurrency": self.concurrency,
             "isolation": self.isolation,
+            "python": self._runners().python,
             "address": self.address,
         }
 

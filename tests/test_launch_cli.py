@@ -155,10 +155,14 @@ def test_the_runners_settings_are_resolved_and_refused_by_name() -> None:
         "max_runners": 6,
         "concurrency": 64,
         "isolation": None,
+        "python": None,
         "address": None,
     }
     isolated = lr.Trainer(algorithm=ALGORITHM, isolation="process")
     assert (isolated.max_runners, isolated.concurrency, isolated.isolation) == (2, 8, "process")
+    elsewhere = lr.Trainer(algorithm=ALGORITHM, python="env/bin/python")
+    assert (elsewhere.concurrency, elsewhere.isolation) == (8, "process")
+    assert elsewhere.resolved()["python"] == str(Path.cwd() / "env/bin/python")
     with pytest.raises(lr.ConfigError, match="max_runners=1: it is at least n_runners=2"):
         lr.Trainer(algorithm=ALGORITHM, max_runners=1)
     with pytest.raises(lr.ConfigError, match="isolation='thread'"):

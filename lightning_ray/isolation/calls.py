@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 from lightning_ray.agent import LitAgent
+from lightning_ray.isolation.interpreter import check
 from lightning_ray.isolation.process import ChildProcess
 from lightning_ray.running.failures import AgentFailed
 from lightning_ray.running.travel import pickled
@@ -17,8 +18,12 @@ from lightning_ray.types import AttemptedRollout, NamedResources
 class CallsInProcesses:
     """Starts a process when none is idle, and keeps it: there are as many as there were calls at once."""
 
-    def __init__(self, agent: LitAgent[Any]):
+    def __init__(self, agent: LitAgent[Any], python: str | None = None):
+        """``python`` is the interpreter of another environment, by default this one."""
         self._agent = pickled(agent)
+        self._python = python
+        self._checking = asyncio.Lock()
+        self._is_checked = python is None
         self._idle: list[ChildProcess] = []
         self._all: set[ChildProcess] = set()
 
@@ -64,6 +69,14 @@ class CallsInProcesses:
         return None
 
     async def _start(self) -> ChildProcess:
-        child = await ChildProcess.start(self._agent)
+        await self._check()
+        child = await ChildProcess.start(self._agent, self._python)
         self._all.add(child)
         return child
+
+    async def _check(self) -> None:
+        """Raises AgentError if the other interpreter cannot play the agent."""
+        async with self._checking:
+            if self._python is not None and not self._is_checked:
+                await check(self._python, self._agent)
+                self._is_checked = True

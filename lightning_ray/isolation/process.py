@@ -6,29 +6,27 @@ import asyncio
 import contextlib
 import os
 import pickle
-import secrets
 import signal
 import socket
-import sys
 from typing import Any
 
 from lightning_ray.errors import AgentError, InfrastructureError
 from lightning_ray.isolation import frames
+from lightning_ray.isolation.interpreter import MARK as MARK
+from lightning_ray.isolation.interpreter import specification
 from lightning_ray.programs.output import BoundedText, Drain
-from lightning_ray.programs.process import Ended, Running, Specification, Warden, wardens
+from lightning_ray.programs.process import Ended, Running, Warden, wardens
 from lightning_ray.running.failures import AgentFailed
 from lightning_ray.running.last_words import last_words
 from lightning_ray.store.packing import unpack_foreign
 from lightning_ray.tracing.attempt import AttemptTrace
 from lightning_ray.types import AttemptedRollout, NamedResources
 
-MARK = "LIGHTNING_RAY_CHILD"
+MODULE = ["-m", "lightning_ray.isolation.child"]
 KEPT_BYTES = 4096
 """Of the beginning, and of the end, of what a child prints during an attempt."""
 END_SECONDS = 10.0
 """For a killed child to be gone."""
-HIDDEN = ("RAY_",)
-"""Beginnings of variables that a child does not get: it is none of Ray's."""
 
 
 class ChildDiedError(InfrastructureError):
@@ -47,8 +45,8 @@ class ChildProcess:
         self._say: asyncio.StreamWriter
 
     @classmethod
-    async def start(cls, agent: bytes) -> ChildProcess:
-        """A child that has imported the (pickled) agent.
+    async def start(cls, agent: bytes, python: str | None = None) -> ChildProcess:
+        """A child that has imported the (pickled) agent; of another interpreter on request.
 
         Raises AgentError if it could not, InfrastructureError if it died or was not started.
         """
@@ -58,7 +56,7 @@ class ChildProcess:
         with theirs:
             try:
                 files = [theirs.fileno(), output.write_end, output.write_end]
-                running = await warden.start(specification(), files)
+                running = await warden.start(specification(MODULE, python), files)
             finally:
                 os.close(output.write_end)
         child = cls(warden, running, ours, output)
@@ -67,7 +65,8 @@ class ChildProcess:
             child._say.write(frames.frame(frames.AGENT, agent))
             kind, body = await child._receive()
             if kind != frames.READY:
-                raise AgentError(f"the agent cannot be loaded in its process: {body.decode(errors='replace')}")
+                where = "" if python is None else f" of python={python!r}"
+                raise AgentError(f"the agent cannot be loaded in its process{where}: {body.decode(errors='replace')}")
         except BaseException:
             await child.kill()
             raise
@@ -150,18 +149,3 @@ def words(ended: Ended) -> str:
     size = f"at {ended.max_rss_bytes / 2**20:.0f} MiB"
     hint = ", by hand or for want of memory" if ended.code == -signal.SIGKILL else ""
     return f"was ended by {name}{hint} ({size})"
-
-
-def specification() -> Specification:
-    """How a child is started: this interpreter, with what can be imported here."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(HIDDEN)}
-    mark = secrets.token_hex(8)
-    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-    return Specification(
-        argv=[sys.executable, "-m", "lightning_ray.isolation.child"],
-        executable=sys.executable,
-        env={**inherited, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", MARK: mark},
-        cwd=os.getcwd(),
-        mark=f"{MARK}={mark}",
-        grace_seconds=0.0,
-    )
