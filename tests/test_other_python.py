@@ -100,9 +100,7 @@ def test_our_folders_are_those_outside_of_the_environment() -> None:
 
 
 async def test_what_cannot_be_started_is_named(tmp_path: Path) -> None:
-    with pytest.raises(
-        lr.AgentError, match=r"no/such/python' cannot be started: .*No such file.* such as env/"
-    ):
+    with pytest.raises(lr.AgentError, match=r"no/such/python' cannot be started: .*No such file.* such as env/"):
         await played(looks_around, str(tmp_path / "no/such/python"))
 
 
