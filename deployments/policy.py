@@ -12,13 +12,19 @@ import asyncio
 import os
 import time
 import uuid
+from collections import deque
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import pyarrow.compute as pc
 from ray import serve
 
-from lightning_ray.capture.edge import CaptureEdge
+from lightning_ray.capture.conversations import Attempt, Conversations
+from lightning_ray.capture.edge import Backend, CaptureEdge, Limits
 from lightning_ray.capture.engine import CapturedEngine
 from lightning_ray.config import EngineSettings
+from lightning_ray.policy.engine_arguments import engine_arguments
+from lightning_ray.policy.engine_load import EngineLoad
 from lightning_ray.policy.proof import max_difference
 from lightning_ray.store.schema import spans_to_batch
 
@@ -27,9 +33,10 @@ if TYPE_CHECKING:
 
 READY_SECONDS = 60.0
 """How long a request waits for a replica to be proved before it is answered 503."""
+SWAPS_KEPT = 100
 
 
-@serve.deployment(name="policy", max_ongoing_requests=1024, max_queued_requests=-1, graceful_shutdown_timeout_s=5)
+@serve.deployment(name="policy", max_queued_requests=-1)
 @serve.ingress()
 class Policy:
     """One replica: an AsyncLLM engine, vLLM's app over it, and capture around both."""
@@ -42,6 +49,8 @@ class Policy:
         self.secret = secret
         self.replica_id = uuid.uuid4().hex[:8]
         self.swapping_since: float | None = None
+        self.swaps: deque[dict[str, Any]] = deque(maxlen=SWAPS_KEPT)
+        self.load = EngineLoad()
         self.engine: Any = None
         self.capture: CapturedEngine | None = None
 
@@ -55,53 +64,46 @@ class Policy:
         from vllm.utils.argparse_utils import FlexibleArgumentParser
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        args = make_arg_parser(FlexibleArgumentParser()).parse_args(self._arguments())
+        settings = self.settings
+        parser = make_arg_parser(FlexibleArgumentParser())
+        args = parser.parse_args(engine_arguments(self.model, self.model_name, settings))
         engine_args = AsyncEngineArgs.from_cli_args(args)
         config = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
-        self.engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
-        self.capture = CapturedEngine(self.engine, version=-1)
+        self.engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True, stat_loggers=[self.load.logger()])
+        conversations = Conversations(self.engine.renderer.tokenizer, self._said) if settings.continuation else None
+        self.capture = CapturedEngine(self.engine, version=-1, conversations=conversations)
         tasks = await self.engine.get_supported_tasks()
         app = build_app(args, tasks, self.engine.model_config)
         await init_app_state(self.engine, app.state, args, tasks)
-        return CaptureEdge(app, self.secret, self._append, self._ready)
-
-    def _arguments(self) -> list[str]:
-        settings = self.settings
-        arguments: dict[str, Any] = {
-            "model": self.model,
-            "served-model-name": self.model_name,
-            "dtype": settings.chosen_dtype,
-            "max-num-seqs": settings.max_num_seqs,
-            "kv-cache-memory-bytes": settings.kv_cache_memory_mb * 2**20,
-            "worker-extension-cls": "lightning_ray.policy.vllm_worker.WorkerExtension",
-            "weight-transfer-config": f'{{"backend": "{settings.chosen_transfer}"}}',
-        }
-        if settings.max_model_len is not None:
-            arguments["max-model-len"] = settings.max_model_len
-        flags = ["--disable-log-stats", "--disable-uvicorn-access-log"]
-        if settings.device == "cpu":
-            arguments["distributed-executor-backend"] = "uni"
-            flags.append("--enforce-eager")
-        if settings.tool_parser is not None:
-            arguments["tool-call-parser"] = settings.tool_parser
-            flags.append("--enable-auto-tool-choice")
-        if settings.reasoning_parser is not None:
-            arguments["reasoning-parser"] = settings.reasoning_parser
-        flags += [f"--{name}" for name, value in settings.arguments.items() if value is True]
-        arguments |= {name: value for name, value in settings.arguments.items() if value is not True}
-        return [part for name, value in arguments.items() for part in (f"--{name}", str(value))] + flags
+        limits = Limits(settings.max_body_mb * 2**20, settings.max_calls_per_attempt)
+        backend = Backend(self._ready, lambda: self.describe()["version"], self.status)
+        return CaptureEdge(app, self.secret, self._append, backend, limits)
 
     async def _append(self, rows: list[dict[str, Any]]) -> None:
         await self.store.append_spans(spans_to_batch(rows))
 
+    async def _said(self, attempt: Attempt) -> Sequence[Sequence[int]]:
+        """What an attempt's calls at other replicas were."""
+        rollout_id, attempt_id = attempt
+        spans = await self.store.scan_spans([rollout_id], attempt_id, ["prompt_ids", "sampled_ids", "status"])
+        calls = spans.filter(pc.and_(pc.is_valid(spans["prompt_ids"]), pc.equal(spans["status"], "OK")))
+        pairs = zip(calls["prompt_ids"].to_pylist(), calls["sampled_ids"].to_pylist(), strict=True)
+        return [prompt + sampled for prompt, sampled in pairs]
+
     async def _ready(self) -> str | None:
         assert self.capture is not None
+        if self.capture.proved.is_set():
+            return None
         try:
             async with asyncio.timeout(READY_SECONDS):
                 await self.capture.proved.wait()
         except TimeoutError:
             return f"replica {self.replica_id} has no proved weights after {READY_SECONDS:.0f} s; try again later"
         return None
+
+    async def status(self) -> dict[str, Any]:
+        """``describe``, how busy the engine is, and the latest swaps."""
+        return {**self.describe(), **self.load.as_dict(), "swaps": list(self.swaps)}
 
     # Control: called through the deployment handle, by broadcast.
 
@@ -150,7 +152,9 @@ class Policy:
         await self.engine.finish_weight_update(str(version))
         self.capture.mark_swap(version)
         await self.engine.resume_generation()
-        self.swapping_since = None
+        began, self.swapping_since = self.swapping_since, None
+        took = None if began is None else round(time.time() - began, 4)
+        self.swaps.append({"version": version, "time": time.time(), "seconds": took, "proved": False})
         return self.replica_id
 
     async def prove(
@@ -165,7 +169,10 @@ class Policy:
             )
         )
         difference = max_difference(expected, found)
-        if difference <= tolerance and self.capture.version == version:
+        proved = difference <= tolerance and self.capture.version == version
+        if self.swaps:
+            self.swaps[-1] |= {"proved": proved, "max_logprob_diff": difference}
+        if proved:
             self.capture.proved.set()
         return {"replica_id": self.replica_id, "version": self.capture.version, "max_logprob_diff": difference}
 

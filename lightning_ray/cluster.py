@@ -8,13 +8,14 @@ out of it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
 import shutil
 import socket
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,8 +100,17 @@ class Cluster:
                 "include_dashboard": False,
                 "_temp_dir": str(self._temp),
             }
-        ray.init(self.address, **options)
+        with environment(self._front_door()):
+            ray.init(self.address, **options)
         self.failure = asyncio.get_running_loop().create_future()
+
+    def _front_door(self) -> dict[str, str]:
+        """What the processes of a Ray of our own need to know before they start; nothing of one that is joined."""
+        if self._temp is None:
+            return {}
+        from deployments.haproxy import haproxy_environment
+
+        return haproxy_environment(self._temp / "haproxy")
 
     def start_store(self, folder: Path, shards: int = 1) -> Store:
         """The run's span store, of ``shards`` processes, on the cluster's nodes in turn."""
@@ -129,18 +139,15 @@ class Cluster:
         from deployments.policy import Policy
 
         port = settings.port or free_port(settings.host)
-        environment = QUIET | (CPU_ENGINE if settings.device == "cpu" else {})
-        options: dict[str, Any] = {"num_cpus": 1, "runtime_env": {"env_vars": environment}}
-        if settings.device == "cuda":
-            options["num_gpus"] = 1
+        options = policy_options(settings)
         route = "/" if self.owned else f"/{self._name}"
 
         def deploy() -> Any:
             logging.getLogger("ray.serve").setLevel(logging.ERROR)
             serve.start(http_options={"host": settings.host, "port": port}, logging_config={"log_level": "ERROR"})
-            application = Policy.options(  # type: ignore[attr-defined]
-                num_replicas=settings.replicas, ray_actor_options=options
-            ).bind(str(model), model_name, settings, self.store, self.secret)
+            application = Policy.options(**options).bind(  # type: ignore[attr-defined]
+                str(model), model_name, settings, self.store, self.secret
+            )
             return serve.run(application, name=self._name, route_prefix=route)
 
         self._policy = await within(
@@ -206,6 +213,48 @@ class Cluster:
             from ray import serve
 
             await in_thread(serve.delete, self._name)
+
+
+def policy_options(settings: EngineSettings) -> dict[str, Any]:
+    """What Serve is asked for: replicas, their place, and their limits."""
+    variables = QUIET | (CPU_ENGINE if settings.device == "cpu" else {})
+    if settings.world_size > 1:
+        variables = {name: value for name, value in variables.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    actor: dict[str, Any] = {"num_cpus": 1, "runtime_env": {"env_vars": variables}}
+    options: dict[str, Any] = {
+        "ray_actor_options": actor,
+        "max_ongoing_requests": settings.max_calls,
+        "graceful_shutdown_timeout_s": settings.drain_seconds,
+    }
+    if settings.device == "cuda" and settings.world_size == 1:
+        actor["num_gpus"] = 1
+    elif settings.device == "cuda":
+        options["placement_group_bundles"] = [{"CPU": 1}, *({"CPU": 1, "GPU": 1} for _ in range(settings.world_size))]
+        options["placement_group_strategy"] = "PACK"
+    if settings.max_replicas is None:
+        options["num_replicas"] = settings.replicas
+    else:
+        options["autoscaling_config"] = {
+            "min_replicas": settings.replicas,
+            "max_replicas": settings.max_replicas,
+            "target_ongoing_requests": settings.calls_per_replica,
+        }
+    return options
+
+
+@contextlib.contextmanager
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """These variables for processes that are started within."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 async def together(*work: Any) -> list[Any]:

@@ -21,9 +21,27 @@ class EngineSettings(Settings):
     """How the policy is served by vLLM on Ray Serve."""
 
     replicas: int = Field(default=1, ge=1)
+    max_replicas: int | None = Field(default=None, ge=1)
+    """With it, there are between ``replicas`` and so many, as calls need them."""
+    calls_per_replica: int = Field(default=32, ge=1)
+    """Calls at once that one replica is meant for, where their number follows the calls."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    pipeline_parallel: int = Field(default=1, ge=1)
+    """GPUs of a replica: the product of both, side by side in a placement group."""
     host: str = "127.0.0.1"
     port: int = Field(default=0, ge=0, le=65535)
     """HTTP port of the deployment; 0 takes a free one."""
+    max_calls: int = Field(default=2048, ge=1)
+    """Calls at once that a replica takes; further ones wait in its queue."""
+    max_calls_per_attempt: int = Field(default=256, ge=1)
+    """Calls at once of one attempt; a further one is answered 429."""
+    max_body_mb: int = Field(default=32, ge=1)
+    """Size of a request; a larger one is answered 413."""
+    drain_seconds: float = Field(default=5.0, ge=0)
+    """For a replica's calls to end when it is taken away."""
+    continuation: bool = True
+    """Where a prompt continues what was said in its attempt, it gets the ids that were sampled, whatever ids the
+    tokenizer makes of their text."""
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of engine and trainer; ``auto`` is float32 on CPU and bfloat16 on CUDA."""
@@ -42,6 +60,11 @@ class EngineSettings(Settings):
     """Largest difference of a canary logprob between engine and trainer at which a swap counts as proved."""
     startup_timeout_seconds: float = Field(default=300.0, gt=0)
     swap_timeout_seconds: float = Field(default=120.0, gt=0)
+
+    @property
+    def world_size(self) -> int:
+        """Workers of a replica."""
+        return self.tensor_parallel * self.pipeline_parallel
 
     @property
     def chosen_dtype(self) -> Literal["float32", "bfloat16"]:

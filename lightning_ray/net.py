@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 import socket
 
-QUIET_RANGE = range(20_000, 32_000)
-"""Below the ports that kernels hand out by themselves and above those of Ray's workers, so that a port that was free
-stays free until it is used."""
+QUIET_RANGE = range(20_000, 30_000)
+"""Below the ports that kernels hand out by themselves and those of Serve's replicas, and above those of Ray's workers,
+so that a port that was free stays free until it is used."""
 
 
 def free_port(host: str) -> int:

@@ -31,6 +31,11 @@ MODEL_CALL_NAMES = {
 RESPONSE_ID = "gen_ai.response.id"
 """Attribute of a model call: the id that the endpoint gave its answer. The same call has the same id wherever seen."""
 
+IMAGE_SPAN = "lightning_ray.image"
+"""A span that holds an image which model calls of its attempt refer to."""
+SUPERSEDED_SPAN = "lightning_ray.superseded"
+"""A span that says: the model call whose span is my parent was given up by its client, which sent it again."""
+
 UNFINISHED = "lightning_ray.unfinished"
 """Attribute of a span that was still open when its attempt ended: true."""
 

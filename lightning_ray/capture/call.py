@@ -1,4 +1,4 @@
-"""What one captured request is made of, and the span it becomes.
+"""What one captured request is made of, and the spans it becomes.
 
 The edge creates a ``CapturedRequest`` and puts it into ``current_request``; the engine half finds it there and adds
 one ``SampledSequence`` for every sequence the engine samples.
@@ -13,7 +13,11 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning_ray.semconv import MODEL_CALL_NAMES
+from lightning_ray.capture.address import Caller
+from lightning_ray.semconv import MODEL_CALL_NAMES, SUPERSEDED_SPAN
+
+ANSWERED = ("stop", "length", "tool_calls", "end_turn", "tool_use", "max_tokens", "stop_sequence")
+"""Finish reasons of sequences that came to their end; the engine's are the first two, the others are upstream APIs'."""
 
 
 @dataclass
@@ -25,71 +29,134 @@ class SampledSequence:
     logprobs: list[float] = field(default_factory=list)
     weight_versions: list[int] = field(default_factory=list)
     finish_reason: str | None = None
+    cached_tokens: int | None = None
+    """Of the prompt, whose keys and values were there already."""
+    queue_seconds: float | None = None
+    first_token: float | None = None
+    """When its first token came; Unix seconds."""
+    restored_tokens: int = 0
+    """How far the prompt's own ids had to be replaced by those that were sampled; 0 if they were the same."""
+
+    def attributes(self, started: float, ended: float) -> dict[str, Any]:
+        """Usage and times of this sequence."""
+        first = None if self.first_token is None else self.first_token - started
+        found = {
+            "usage": {
+                "prompt_tokens": len(self.prompt_ids),
+                "completion_tokens": len(self.sampled_ids),
+                "cached_tokens": self.cached_tokens,
+            },
+            "timing": {"queue": self.queue_seconds, "first_token": first, "total": ended - started},
+        }
+        return {**found, "restored_tokens": self.restored_tokens} if self.restored_tokens else found
 
 
 @dataclass
 class CapturedRequest:
     """Who called, by which wire API, and what the engine made of it."""
 
-    rollout_id: str
-    attempt_id: str
+    caller: Caller
     api: str
     body: dict[str, Any]
-    sampling: dict[str, Any] = field(default_factory=dict)
-    agent: str | None = None
+    """As sent, images by reference."""
+    continues: bool = False
+    """Whether the conversation has an answer of the model's already."""
+    digest: str = ""
+    retry: int = 0
     started: float = field(default_factory=time.time)
-    first_token: float | None = None
     sequences: list[SampledSequence] = field(default_factory=list)
     """What was sampled by calls of the engine that have ended."""
     running: dict[str, Callable[[], None]] = field(default_factory=dict)
     """Calls of the engine at work, each with what moves its sequences to ``sequences`` and itself out of here."""
+    ended: Callable[[], None] | None = None
+    """Called when the last of the engine's calls has ended."""
+    hung_up: bool = False
     taken: int = 0
     """Sequences that ``take_spans`` has handed out."""
+    span_ids: list[str] = field(default_factory=list)
     trace_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     sampling_used: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def attempt(self) -> tuple[str, str]:
+        """Rollout and attempt id."""
+        return self.caller.rollout_id, self.caller.attempt_id
 
     @property
     def complete(self) -> bool:
         """Whether the engine has ended every sequence of this request."""
         return bool(self.sequences) and not self.running
 
+    def engine_ended(self) -> None:
+        """One of the engine's calls has ended and its sequences are here."""
+        if self.complete and self.ended is not None:
+            self.ended()
+
     def settle(self) -> None:
         """Take over what calls that were left in the middle have sampled so far."""
         for take_over in list(self.running.values()):
             take_over()
 
+    def versions(self) -> str | None:
+        """The weight versions that sampled: ``"3"``, or ``"3-5"`` if they were swapped meanwhile."""
+        found = {version for sequence in self.sequences for version in sequence.weight_versions}
+        if not found:
+            return None
+        low, high = min(found), max(found)
+        return str(low) if low == high else f"{low}-{high}"
+
     def take_spans(self) -> list[dict[str, Any]]:
         """One row of the span schema for each sampled sequence that was not handed out before."""
         first, self.taken = self.taken, len(self.sequences)
         ended = time.time()
-        attributes = {
-            "request": self.body,
-            "sampling": self.sampling_used,
-            "queue_and_prefill_seconds": None if self.first_token is None else self.first_token - self.started,
-        }
-        return [
+        attributes: dict[str, Any] = {"request": self.body, "sampling": self.sampling_used, "digest": self.digest}
+        if self.retry:
+            attributes["retry"] = self.retry
+        if self.hung_up:
+            attributes["hung_up"] = True
+        rows = [
             {
-                "rollout_id": self.rollout_id,
-                "attempt_id": self.attempt_id,
-                "sequence_id": 0,
-                "trace_id": self.trace_id,
-                "span_id": uuid.uuid4().hex[:16],
-                "parent_id": None,
-                "name": MODEL_CALL_NAMES[self.api],
-                "start_time": self.started,
-                "end_time": ended,
-                "status": "OK" if sequence.finish_reason in ("stop", "length") else "ERROR",
-                "agent": self.agent,
+                **self.row(MODEL_CALL_NAMES[self.api], ended),
+                "status": "OK" if sequence.finish_reason in ANSWERED else "ERROR",
+                "agent": self.caller.agent,
                 "model": self.body.get("model"),
                 "prompt_ids": sequence.prompt_ids,
                 "sampled_ids": sequence.sampled_ids,
                 "logprobs": sequence.logprobs,
                 "weight_versions": sequence.weight_versions,
                 "finish_reason": sequence.finish_reason,
-                "attributes": attributes,
+                "attributes": {**attributes, **sequence.attributes(self.started, ended)},
             }
             for sequence in self.sequences[first:]
         ]
+        self.span_ids += [row["span_id"] for row in rows]
+        return rows
+
+    def superseding(self, span_ids: list[str]) -> list[dict[str, Any]]:
+        """Rows that say of earlier spans that this request, a retry, stands in their place."""
+        return [
+            {
+                **self.row(SUPERSEDED_SPAN, time.time()),
+                "parent_id": span_id,
+                "status": "OK",
+                "attributes": {"retry": self.retry, "digest": self.digest},
+            }
+            for span_id in span_ids
+        ]
+
+    def row(self, name: str, ended: float) -> dict[str, Any]:
+        """A row of this request's attempt and trace, with a span id of its own."""
+        return {
+            "rollout_id": self.caller.rollout_id,
+            "attempt_id": self.caller.attempt_id,
+            "sequence_id": 0,
+            "trace_id": self.trace_id,
+            "span_id": uuid.uuid4().hex[:16],
+            "parent_id": None,
+            "name": name,
+            "start_time": self.started,
+            "end_time": ended,
+        }
 
 
 current_request: ContextVar[CapturedRequest | None] = ContextVar("lightning_ray_request", default=None)

