@@ -80,7 +80,7 @@ def read_facts(run: Path) -> Facts:
         return Facts()
     settings = json.loads(config.read_text()).get("algorithm") or {}
     lines = [line for line in RunFolder(run).metrics() if line.get("kind") == "train"]
-    return Facts(lines, settings.get("max_tokens"), settings.get("max_staleness"))
+    return Facts(lines, settings.get("max_tokens"), settings.get("max_staleness"), settings.get("agent_match"))
 
 
 def load_decode(run: Path) -> Decode | None:

@@ -204,7 +204,7 @@ class Run:
         for rollout_id, times in Counter(rollout_id for rollout_id, _ in pairs_of(spans)).items():
             if times > 1:
                 counting |= last_attempts((await self.store.query_attempts(rollout_id)).items)
-        return read_episodes(ended, spans, counting)
+        return read_episodes(ended, spans, counting, settings.agent_match)
 
     async def _unless_runners_fail(self, waiting: Any, deadline: float) -> Any:
         task = asyncio.ensure_future(waiting)

@@ -6,6 +6,7 @@ Advantage and loss are verl's; this file is the loop.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,14 @@ NEUTRAL = {
 """Sampling from the policy itself: the trainer's logprobs are of exactly this distribution."""
 
 
+def check_expression(name: str, value: str) -> None:
+    """Raises ConfigError if it is no regular expression."""
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ConfigError(f"{name}={value!r} is no regular expression: {error}") from None
+
+
 class GRPO(AlgorithmSettings):
     """Settings of a GRPO run. One step plays ``prompts_per_step`` tasks ``group_size`` times each."""
 
@@ -40,6 +49,8 @@ class GRPO(AlgorithmSettings):
     """Folder with a Hugging Face model, or a function that makes one in the folder it is given."""
     model_name: str = "policy"
     """The model's name on the wire."""
+    agent_match: str | None = None
+    """Only calls of agents in whose name this regular expression is found are trained on; all without one."""
     group_size: int = Field(default=8, ge=2)
     prompts_per_step: int = Field(default=16, ge=1)
     steps: int = Field(default=30, ge=0)
@@ -90,6 +101,8 @@ class GRPO(AlgorithmSettings):
             check_model_folder(str(self.model))
         if not len(run.train_dataset):
             raise ConfigError("train_dataset is empty (length 0); give at least one task")
+        if self.agent_match is not None:
+            check_expression("agent_match", self.agent_match)
         check_port(self.engine)
         if run.cluster.owned:
             check_memory(self.engine, self.ranks)

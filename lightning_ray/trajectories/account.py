@@ -87,6 +87,8 @@ def unusable(episode: Episode, max_tokens: int | None = None, oldest_version: in
         return FAILURES.get(str(failure.get("kind")), "agent_failed")
     if not episode.calls:
         return "no_model_call"
+    if not episode.trajectories:
+        return "no_call_of_agent"
     if not episode.sampled_tokens:
         return "no_sampled_token"
     if episode.reward is None:

@@ -34,6 +34,11 @@ ADVICE: dict[str, str] = {
         "with a 5xx, more often than retries could mend. See the reasons below, memory first, and the logs of "
         "runners and replicas in Ray's session folder."
     ),
+    "no_call_of_agent": (
+        "Models were called, but by none of the agents to train: agent_match is found in no agent's name. See which "
+        "agents called (SELECT agent, count(*) FROM spans GROUP BY 1). A call's agent is named by the header "
+        "x-lightning-agent, by /agent/NAME in the base URL, or by the framework where the tracer sees it."
+    ),
     "no_model_call": (
         "The agent ended without a model call that reached the policy. It must call the endpoint it is given: "
         "base_url=llm.endpoint, api_key=llm.api_key, model=llm.model. Check early returns too, and calls whose "

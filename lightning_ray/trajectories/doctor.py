@@ -20,6 +20,7 @@ from lightning_ray.trajectories.account import settle, unusable
 from lightning_ray.trajectories.episode import Episode, calls_of, read_episodes
 from lightning_ray.trajectories.join import ModelCall
 from lightning_ray.trajectories.prefix import Break, find_breaks
+from lightning_ray.trajectories.selection import answered, captured_calls, of_agents
 from lightning_ray.types import TERMINAL_ROLLOUT, Attempt, AttemptedRollout, Rollout
 
 CHUNK = 512
@@ -93,6 +94,7 @@ class Facts:
     steps: Sequence[Mapping[str, Any]] | None = None
     max_tokens: int | None = None
     max_staleness: int | None = None
+    agent_match: str | None = None
 
 
 @dataclass(frozen=True)
@@ -182,8 +184,8 @@ def _parts(rollouts: Sequence[Rollout], steps: Mapping[str, int]) -> list[tuple[
 def _diagnose(view: View, facts: Facts, step: int | None, rollouts: Sequence[Rollout]) -> list[Diagnosis]:
     spans = view.scan_spans([rollout.rollout_id for rollout in rollouts]).combine_chunks()
     last = {r.rollout_id: r.attempt.attempt_id for r in rollouts if isinstance(r, AttemptedRollout)}
-    episodes = read_episodes(rollouts, spans, last)
-    evidence = evidence_of(spans, last)
+    episodes = read_episodes(rollouts, spans, last, facts.agent_match)
+    evidence = evidence_of(spans, last, facts.agent_match)
     for rollout in rollouts:
         if isinstance(rollout, AttemptedRollout) and rollout.attempt.sequence_id > 1:
             given_up = [each for each in view.query_attempts(rollout.rollout_id) if each != rollout.attempt]
@@ -235,19 +237,17 @@ def _group_of(rollout: Rollout) -> str | None:
     return (rollout.metadata or {}).get("group_id")
 
 
-def evidence_of(spans: pa.Table, attempts: Mapping[str, str]) -> dict[str, Evidence]:
-    """The evidence for each rollout with spans, from the attempt that counts."""
+def evidence_of(spans: pa.Table, attempts: Mapping[str, str], agent_match: str | None = None) -> dict[str, Evidence]:
+    """The evidence for each rollout with spans, from the attempt that counts, and the agents to train."""
     counted = spans.filter(pc.is_in(spans["attempt_id"], pa.array(list(attempts.values()), pa.string())))
-    captured = counted.filter(pc.is_valid(counted["prompt_ids"]))
-    is_answered = pc.equal(captured["status"], "OK")
-    answered = captured.filter(is_answered)
-    calls = calls_of(answered)
+    captured = of_agents(captured_calls(counted), agent_match)
+    ended = answered(captured)
+    calls = calls_of(ended)
     finishes: defaultdict[str, list[str | None]] = defaultdict(list)
-    for rollout_id, reason in zip(
-        answered["rollout_id"].to_pylist(), answered["finish_reason"].to_pylist(), strict=True
-    ):
+    for rollout_id, reason in zip(ended["rollout_id"].to_pylist(), ended["finish_reason"].to_pylist(), strict=True):
         finishes[rollout_id].append(reason)
-    broken_off = Counter(captured.filter(pc.invert(is_answered))["rollout_id"].to_pylist())
+    broken_off = Counter(captured["rollout_id"].to_pylist())
+    broken_off.subtract(ended["rollout_id"].to_pylist())
     untold, failed = _calls_at_the_client(counted.filter(pc.invert(_is_of(counted, calls))))
     exceptions: dict[str, str] = {}
     for span in read_spans(counted.filter(pc.equal(counted["name"], AGL_EXCEPTION))):

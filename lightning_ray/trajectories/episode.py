@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from lightning_ray.semconv import AGL_ANNOTATION
 from lightning_ray.store.schema import read_spans
 from lightning_ray.trajectories.join import ModelCall, Trajectory, join_calls
+from lightning_ray.trajectories.selection import answered, captured_calls, of_agents
 from lightning_ray.types import Attempt, Rollout
 
 
@@ -25,7 +26,9 @@ class Episode:
     reward: float | None = None
     annotations: dict[str, list[float]] = field(default_factory=dict)
     calls: int = 0
+    """Of all agents."""
     sampled_tokens: int = 0
+    """In the trajectories."""
 
     @property
     def rollout_id(self) -> str:
@@ -33,17 +36,21 @@ class Episode:
         return self.rollout.rollout_id
 
 
-def read_episodes(rollouts: Sequence[Rollout], spans: pa.Table, attempts: dict[str, str]) -> list[Episode]:
-    """Episodes of finished rollouts, in their order; ``attempts`` names the attempt that counts for each rollout."""
+def read_episodes(
+    rollouts: Sequence[Rollout], spans: pa.Table, attempts: dict[str, str], agent_match: str | None = None
+) -> list[Episode]:
+    """Episodes of finished rollouts, in their order; ``attempts`` names the attempt that counts for each rollout.
+
+    With ``agent_match``, only calls of agents in whose name it is found make trajectories.
+    """
     episodes = {rollout.rollout_id: Episode(rollout) for rollout in rollouts}
     counted = spans.filter(pc.is_in(spans["attempt_id"], pa.array(list(attempts.values()), pa.string())))
-    # A call that was broken off was never answered: nothing the agent did follows from it.
-    answered = pc.and_(pc.is_valid(counted["prompt_ids"]), pc.equal(counted["status"], "OK"))
-    calls = calls_of(counted.filter(answered))
-    for rollout_id, made in calls.items():
+    calls = answered(captured_calls(counted))
+    for rollout_id, times in Counter(calls["rollout_id"].to_pylist()).items():
+        episodes[rollout_id].calls = times
+    for rollout_id, made in calls_of(of_agents(calls, agent_match)).items():
         episode = episodes[rollout_id]
         episode.trajectories = join_calls(made)
-        episode.calls = len(made)
         episode.sampled_tokens = sum(len(call.sampled_ids) for call in made)
     for span in read_spans(counted.filter(pc.equal(counted["name"], AGL_ANNOTATION))):
         _annotate(episodes[span.rollout_id], span.attributes)
