@@ -17,14 +17,14 @@ from lightning_ray.types import Rollout
 ROLLOUT = Rollout(rollout_id="ro", input=1, start_time=0.0, status="succeeded")
 
 
-def call(name: str, prompt: list[int], sampled: list[int], **more: Any) -> dict[str, Any]:
+def call(span_id: str, prompt: list[int], sampled: list[int], **more: Any) -> dict[str, Any]:
     count = len(sampled)
     return {
         "rollout_id": "ro",
         "attempt_id": "at",
         "sequence_id": 0,
         "trace_id": "t",
-        "span_id": name,
+        "span_id": span_id,
         "name": "openai.chat.completion",
         "status": "OK",
         "prompt_ids": prompt,
