@@ -1,6 +1,8 @@
-"""The agent at work, from frameworks that keep it in a context variable and not in OpenTelemetry's spans.
+"""The agent at work, from frameworks that do not say it in OpenTelemetry's spans around a model call.
 
-Nothing is imported or changed: a framework that is not loaded is not at work. What cannot be read is no name.
+It is read from their context variables, or where they have none from the calls on the stack, which for a coroutine are
+those that await it. Nothing is imported or changed: a framework that is not loaded is not at work. What cannot be read is
+no name.
 """
 
 from __future__ import annotations
@@ -43,4 +45,26 @@ def _langgraph() -> Any:
     return metadata.get("lc_agent_name") or metadata.get("langgraph_node")
 
 
-_FRAMEWORKS: tuple[Callable[[], Any], ...] = (_openai_agents, _langgraph)
+def _agentscope() -> Any:
+    """AgentScope: the innermost agent on the stack."""
+    agent = _on_stack("agentscope", "agentscope.agent.", "self")
+    return getattr(agent, "name", None)
+
+
+def _crewai() -> Any:
+    """CrewAI: whom its model is told to answer; an agent has a role for a name."""
+    agent = _on_stack("crewai", "crewai.llm", "from_agent")
+    return getattr(agent, "role", None)
+
+
+def _on_stack(framework: str, modules: str, variable: str) -> Any:
+    """The value of a local variable, in the innermost call of a function in the framework's modules that has it."""
+    frame = sys._getframe() if framework in sys.modules else None
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith(modules) and frame.f_locals.get(variable) is not None:
+            return frame.f_locals[variable]
+        frame = frame.f_back
+    return None
+
+
+_FRAMEWORKS: tuple[Callable[[], Any], ...] = (_openai_agents, _langgraph, _agentscope, _crewai)

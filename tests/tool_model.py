@@ -179,12 +179,15 @@ def _talk(rng: random.Random, reasoning: bool) -> tuple[list[dict[str, Any]], li
 
 
 def _pass_over(rng: random.Random, messages: list[dict[str, Any]], city: str) -> None:
-    """Now and then a message that says nothing, or what another agent, with other tools, has done meanwhile."""
+    """Now and then a message that says nothing, or what another agent, with other tools, has said meanwhile."""
     what = rng.random()
-    if what < 0.15:
+    if what < 0.12:
         messages.append({"role": "user", "content": ""})
-    elif what < 0.3:
+    elif what < 0.24:
         messages += [{**_call(rng.choice(TOOLS[1:]), city), "learned": False}, {"role": "tool", "content": ""}]
+    elif what < 0.36:
+        messages.append({"role": "assistant", "content": f"Look up {city}.", "learned": False})
+        messages += [{"role": "user", "content": rng.choice(["", city])}] * rng.choice([0, 1])
 
 
 def _call(tool: str, city: str) -> dict[str, Any]:
