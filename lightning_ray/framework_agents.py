@@ -1,8 +1,8 @@
 """The agent at work, from frameworks that do not say it in OpenTelemetry's spans around a model call.
 
 It is read from their context variables, or where they have none from the calls on the stack, which for a coroutine are
-those that await it. Nothing is imported or changed: a framework that is not loaded is not at work. What cannot be read is
-no name.
+those that await it. Nothing is imported or changed: a framework that is not loaded is not at work. What cannot be read
+is no name.
 """
 
 from __future__ import annotations

@@ -10,8 +10,10 @@ with ``<think>paris</think>``.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -104,6 +106,18 @@ def make_tool_model(folder: Path, reasoning: bool = False, steps: int = 240, bat
         schedule.step()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def kept_tool_model(root: Path, reasoning: bool = False) -> Path:
+    """The folder of a model in ``root``, which is taught unless one of this very script is there."""
+    digest = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+    folder = root / (f"{digest}-reasoning" if reasoning else digest)
+    if not folder.exists():
+        making = folder.with_suffix(".part")
+        shutil.rmtree(making, ignore_errors=True)
+        make_tool_model(making, reasoning)
+        making.rename(folder)
+    return folder
 
 
 def _new_model(vocabulary: int, end: int) -> Any:
