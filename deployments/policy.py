@@ -14,6 +14,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.compute as pc
@@ -69,7 +70,8 @@ class Policy:
         args = parser.parse_args(engine_arguments(self.model, self.model_name, settings))
         engine_args = AsyncEngineArgs.from_cli_args(args)
         config = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
-        self.engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True, stat_loggers=[self.load.logger()])
+        with self._engine_place():
+            self.engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True, stat_loggers=[self.load.logger()])
         conversations = Conversations(self.engine.renderer.tokenizer, self._said) if settings.continuation else None
         self.capture = CapturedEngine(self.engine, version=-1, conversations=conversations)
         tasks = await self.engine.get_supported_tasks()
@@ -78,6 +80,13 @@ class Policy:
         limits = Limits(settings.max_body_mb * 2**20, settings.max_calls_per_attempt)
         backend = Backend(self._ready, lambda: self.describe()["version"], self.status)
         return CaptureEdge(app, self.secret, self._append, backend, limits)
+
+    def _engine_place(self) -> AbstractContextManager[None]:
+        if self.settings.chosen_process == "own":
+            return nullcontext()
+        from lightning_ray.policy.engine_thread import engine_on_a_thread
+
+        return engine_on_a_thread()
 
     async def _append(self, rows: list[dict[str, Any]]) -> None:
         await self.store.append_spans(spans_to_batch(rows))

@@ -41,7 +41,8 @@ LOGICAL_CPUS = 16
 """Ray's CPUs are bookkeeping here: a laptop with two cores holds every actor of a small run."""
 OBJECT_STORE_BYTES = 256 * 2**20
 BASE_MEMORY = int(1.5 * 2**30)
-REPLICA_MEMORY = int(1.3 * 2**30)
+REPLICA_MEMORY = int(0.9 * 2**30)
+"""With the engine in its process; in its own, half as much again."""
 RANK_MEMORY = int(0.8 * 2**30)
 STOP_SECONDS = 8.0
 LEASE_SECONDS = 30.0

@@ -43,6 +43,9 @@ class EngineSettings(Settings):
     """Where a prompt continues what was said in its attempt, it gets the ids that were sampled, whatever ids the
     tokenizer makes of their text."""
     device: Literal["cpu", "cuda"] = "cpu"
+    process: Literal["auto", "replica", "own"] = "auto"
+    """Where the engine runs: in the replica's process (less memory, a faster start, one core for both) or in its own;
+    ``auto`` is the replica's on CPU with one worker, and its own otherwise."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of engine and trainer; ``auto`` is float32 on CPU and bfloat16 on CUDA."""
     max_model_len: int | None = None
@@ -65,6 +68,13 @@ class EngineSettings(Settings):
     def world_size(self) -> int:
         """Workers of a replica."""
         return self.tensor_parallel * self.pipeline_parallel
+
+    @property
+    def chosen_process(self) -> Literal["replica", "own"]:
+        """``process``, with ``auto`` decided."""
+        if self.process == "auto":
+            return "replica" if self.device == "cpu" and self.world_size == 1 else "own"
+        return self.process
 
     @property
     def chosen_dtype(self) -> Literal["float32", "bfloat16"]:
