@@ -1,20 +1,27 @@
-# make train   sets everything up and runs the main job on this machine's CPU
-# make test    sets everything up and runs all checks and tests
-# make lock    resolves the pinned environment anew (requirements/cpu.txt)
+# make train            sets everything up and runs the main job on this machine's CPU
+# make test             sets everything up and runs all checks and tests
+# make test-frameworks  makes an environment for each agent framework, and tests it against the real policy
+# make lock             resolves the pinned environment anew (requirements/cpu.txt)
 
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: train test check setup lock clean
+NODE := examples/frameworks/node
+FRAMEWORKS := $(patsubst requirements/frameworks/%.txt,.frameworks/%/.ready,$(wildcard requirements/frameworks/*.txt))
+
+.PHONY: train test test-frameworks check setup lock clean
 .DELETE_ON_ERROR:
 
 train: $(READY)
 	$(VENV)/bin/lightning-ray train examples/sql --name quickstart
 
 test: check
-	$(VENV)/bin/python -m pytest -m 'not e2e'
-	$(VENV)/bin/python -m pytest -m e2e
+	$(VENV)/bin/python -m pytest -m 'not e2e and not frameworks'
+	$(VENV)/bin/python -m pytest -m 'e2e and not frameworks'
+
+test-frameworks: $(READY) $(FRAMEWORKS) $(NODE)/node_modules/.ready
+	$(VENV)/bin/python -m pytest -m frameworks
 
 check: $(READY)
 	$(VENV)/bin/ruff check .
@@ -32,6 +39,16 @@ $(READY): pyproject.toml requirements/cpu.txt
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $(READY)
 
+# A framework and lightning-ray's base dependencies, resolved together; without Ray, torch and vLLM.
+.frameworks/%/.ready: requirements/frameworks/%.txt pyproject.toml | $(READY)
+	test -x $(@D)/bin/python || $(VENV)/bin/python -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $< -e .
+	touch $@
+
+$(NODE)/node_modules/.ready: $(NODE)/package.json
+	cd $(NODE) && npm install --no-package-lock --no-audit --no-fund --loglevel=error
+	touch $@
+
 lock:
 	rm -rf .lock && $(PYTHON) -m venv .lock
 	.lock/bin/python -m pip install --quiet torch==2.13.0 && .lock/bin/python -m pip install --quiet '.[cpu,dev]'
@@ -39,4 +56,4 @@ lock:
 	rm -rf .lock
 
 clean:
-	rm -rf $(VENV) .lock build *.egg-info
+	rm -rf $(VENV) .frameworks $(NODE)/node_modules .lock build *.egg-info

@@ -23,7 +23,7 @@ except ImportError:
 
 @pytest.fixture
 def no_frameworks(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    for name in ("agents.tracing.scope", "langchain_core.runnables.config"):
+    for name in ("agents.tracing.scope", "langchain_core.runnables.config", "agentscope", "crewai"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     return monkeypatch
 
@@ -69,6 +69,46 @@ def test_the_node_of_a_graph(no_frameworks: pytest.MonkeyPatch, metadata: Any, e
     module: Any = types.SimpleNamespace(var_child_runnable_config=config)
     no_frameworks.setitem(sys.modules, "langchain_core.runnables.config", module)
     assert framework_agent_name() == expected
+
+
+def module_of(name: str, source: str) -> Any:
+    """A module with its own globals, as a function on the stack has."""
+    module: Any = types.ModuleType(name)
+    exec(source, module.__dict__)
+    return module
+
+
+AGENTSCOPE = """
+class Agent:
+    def __init__(self, name): self.name = name
+    def reply(self, model): return self._reasoning(model)
+    def _reasoning(self, model): return model()
+    async def reply_async(self, model): return await self._reasoning_async(model)
+    async def _reasoning_async(self, model): return await model()
+"""
+
+
+async def test_the_innermost_agent_of_agentscope(no_frameworks: pytest.MonkeyPatch) -> None:
+    agent = module_of("agentscope.agent._agent", AGENTSCOPE).Agent
+
+    async def model() -> Any:
+        return framework_agent_name()
+
+    assert agent("outer").reply(framework_agent_name) is None, "the framework is not loaded"
+    no_frameworks.setitem(sys.modules, "agentscope", types.ModuleType("agentscope"))
+    assert framework_agent_name() is None
+    assert agent("outer").reply(framework_agent_name) == "outer"
+    assert agent("outer").reply(lambda: agent("inner").reply(framework_agent_name)) == "inner"
+    assert await agent("outer").reply_async(model) == "outer"
+
+
+def test_whom_a_model_of_crewai_answers(no_frameworks: pytest.MonkeyPatch) -> None:
+    source = "def call(request, from_agent=None): return _call(request)\ndef _call(request): return request()"
+    call = module_of("crewai.llms.providers.openai.completion", source).call
+    no_frameworks.setitem(sys.modules, "crewai", types.ModuleType("crewai"))
+    assert call(framework_agent_name) is None
+    assert call(framework_agent_name, types.SimpleNamespace(role="planner")) == "planner"
+    assert call(framework_agent_name, types.SimpleNamespace(role=None)) is None
 
 
 ANSWER = {

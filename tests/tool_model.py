@@ -111,7 +111,7 @@ def make_tool_model(folder: Path, reasoning: bool = False, steps: int = 240, bat
 def kept_tool_model(root: Path, reasoning: bool = False) -> Path:
     """The folder of a model in ``root``, which is taught unless one of this very script is there."""
     digest = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
-    folder = root / (f"{digest}-reasoning" if reasoning else digest)
+    folder = root / f"{'reasoning' if reasoning else 'plain'}-{digest}"
     if not folder.exists():
         making = folder.with_suffix(".part")
         shutil.rmtree(making, ignore_errors=True)
