@@ -11,13 +11,26 @@ import uuid
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from lightning_ray.capture.address import Caller
 from lightning_ray.semconv import MODEL_CALL_NAMES, SUPERSEDED_SPAN
 
 ANSWERED = ("stop", "length", "tool_calls", "end_turn", "tool_use", "max_tokens", "stop_sequence")
 """Finish reasons of sequences that came to their end; the engine's are the first two, the others are upstream APIs'."""
+
+
+class Sampled(Protocol):
+    """What a span has beside the request: a sequence of the engine's, or the answer of an endpoint that is not ours."""
+
+    weight_versions: list[int]
+    """Of its tokens; none if it has no tokens."""
+
+    def columns(self) -> dict[str, Any]:
+        """The status, the finish reason and, where there are token ids, the token columns."""
+
+    def attributes(self, started: float, ended: float) -> dict[str, Any]:
+        """All else, among it usage and times; Unix seconds."""
 
 
 @dataclass
@@ -36,6 +49,17 @@ class SampledSequence:
     """When its first token came; Unix seconds."""
     restored_tokens: int = 0
     """How far the prompt's own ids had to be replaced by those that were sampled; 0 if they were the same."""
+
+    def columns(self) -> dict[str, Any]:
+        """Its tokens, and whether it came to its end."""
+        return {
+            "status": "OK" if self.finish_reason in ANSWERED else "ERROR",
+            "prompt_ids": self.prompt_ids,
+            "sampled_ids": self.sampled_ids,
+            "logprobs": self.logprobs,
+            "weight_versions": self.weight_versions,
+            "finish_reason": self.finish_reason,
+        }
 
     def attributes(self, started: float, ended: float) -> dict[str, Any]:
         """Usage and times of this sequence."""
@@ -64,7 +88,7 @@ class CapturedRequest:
     digest: str = ""
     retry: int = 0
     started: float = field(default_factory=time.time)
-    sequences: list[SampledSequence] = field(default_factory=list)
+    sequences: list[Sampled] = field(default_factory=list)
     """What was sampled by calls of the engine that have ended."""
     running: dict[str, Callable[[], None]] = field(default_factory=dict)
     """Calls of the engine at work, each with what moves its sequences to ``sequences`` and itself out of here."""
@@ -117,14 +141,9 @@ class CapturedRequest:
         rows = [
             {
                 **self.row(MODEL_CALL_NAMES[self.api], ended),
-                "status": "OK" if sequence.finish_reason in ANSWERED else "ERROR",
+                **sequence.columns(),
                 "agent": self.caller.agent,
                 "model": self.body.get("model"),
-                "prompt_ids": sequence.prompt_ids,
-                "sampled_ids": sequence.sampled_ids,
-                "logprobs": sequence.logprobs,
-                "weight_versions": sequence.weight_versions,
-                "finish_reason": sequence.finish_reason,
                 "attributes": {**attributes, **sequence.attributes(self.started, ended)},
             }
             for sequence in self.sequences[first:]
