@@ -276,13 +276,13 @@ def _ended_within(
     before = said.text(here, end)
     parts = range(onwards - there)
     place = there + bisect_right(parts, len(before) - 1, key=lambda length: len(prompt.text(there, there + length)))
-    # Bytes of a character that is not whole count as one character or more, so that the place may be a little off.
+    # A character's first bytes count as a character too, so that the place may be a little off.
     near = range(max(there, place - 4), min(onwards, place + 4) + 1)
-    exactly = next((upto for upto in (place, *near) if prompt.text(there, upto) == before), None)
-    following = reader.encode(whole[len(before) :]) if exactly is None else prompt.ids[exactly:onwards].tolist()
-    if reader.text(np.array([*said.ids[here:end], *following])) != whole:
-        return None
-    return Continuation(place if exactly is None else exactly, said.ids[:end], following, onwards, exact=False)
+    rests = [prompt.ids[upto:onwards].tolist() for upto in near if prompt.text(there, upto) == before]
+    for rest in (*rests, reader.encode(whole[len(before) :])):
+        if reader.text(np.array([*said.ids[here:end], *rest])) == whole:
+            return Continuation(place, said.ids[:end], rest, onwards, exact=False)
+    return None
 
 
 def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
