@@ -7,8 +7,9 @@ adapters are for algorithms and agents written against 0.3, and for looking at a
 from lightning_ray.adapters.base import Adapter, OtelTraceAdapter, TraceAdapter, TraceToTripletBase, Triplet
 from lightning_ray.adapters.messages import OpenAIMessages, TraceToMessages
 from lightning_ray.adapters.proxy import LlmProxyTraceToTriplet
+from lightning_ray.adapters.reward_match import RewardMatchPolicy
 from lightning_ray.adapters.tree import TraceTree
-from lightning_ray.adapters.triplets import RewardMatchPolicy, TracerTraceToTriplet
+from lightning_ray.adapters.triplets import TracerTraceToTriplet
 
 __all__ = [
     "Adapter",

@@ -10,12 +10,11 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
 from lightning_ray.adapters.base import TraceToTripletBase, Triplet, our_spans
+from lightning_ray.adapters.reward_match import RewardMatchPolicy, match_rewards
 from lightning_ray.adapters.tree import TraceTree
-from lightning_ray.emitter.rewards import get_reward_value
 from lightning_ray.otel import filter_and_unflatten_attributes
 from lightning_ray.semconv import RESPONSE_ID
 from lightning_ray.span import Span
@@ -29,15 +28,6 @@ _RESPONSE_IDS = (
     "agentlightning.operation.output.choices.0.provider_specific_fields.token_ids",
 )
 _INPUT, _OUTPUT = "agentlightning.operation.input", "agentlightning.operation.output"
-
-
-class RewardMatchPolicy(StrEnum):
-    """Which call a reward belongs to: always one that has ended before, the latest without a reward."""
-
-    FIRST_SIBLING = "first_sibling"
-    """Among the reward's own siblings."""
-    FIRST_OCCURRENCE = "first_occurrence"
-    """Anywhere in the trace."""
 
 
 class TracerTraceToTriplet(TraceToTripletBase):
@@ -73,7 +63,7 @@ class TracerTraceToTriplet(TraceToTripletBase):
         triplets = [(call, triplet_of(call)) for call in calls]
         if self._skip_empty_token_spans:
             triplets = [(c, t) for c, t in triplets if t.prompt["token_ids"] and t.response["token_ids"]]
-        rewards = self._rewards(tree, {call.node.id: call for call, _ in triplets})
+        rewards = match_rewards(tree, {call.node.id for call, _ in triplets}, self.reward_match)
         return [triplet.model_copy(update={"reward": rewards.get(call.node.id)}) for call, triplet in triplets]
 
     def visualize(
@@ -119,28 +109,6 @@ class TracerTraceToTriplet(TraceToTripletBase):
 
     def _wanted(self, agent: str) -> bool:
         return self.agent_match is None or re.search(self.agent_match, agent) is not None
-
-    def _rewards(self, tree: TraceTree, calls: dict[str, ModelCall]) -> dict[str, float]:
-        if self.reward_match is RewardMatchPolicy.FIRST_OCCURRENCE:
-            families: Iterable[list[TraceTree]] = [tree.traverse()]
-        else:
-            families = [node.children for node in tree.traverse()]
-        rewards: dict[str, float] = {}
-        for family in families:
-            before: list[TraceTree] = []
-            for node in sorted(family, key=lambda one: one.start_time or 0.0):
-                if node.id in calls:
-                    before.append(node)
-                elif (value := get_reward_value(node.span)) is not None:
-                    _assign(value, node, before, rewards)
-        return rewards
-
-
-def _assign(value: float, at: TraceTree, calls: list[TraceTree], rewards: dict[str, float]) -> None:
-    for call in reversed(calls):
-        if call.id not in rewards and (call.end_time or 0.0) <= (at.start_time or 0.0):
-            rewards[call.id] = value
-            return
 
 
 @dataclass
