@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_ray.trajectories.join import ModelCall, Trajectory, nearest
+from lightning_ray.trajectories.join import Chain, ModelCall, nearest
 
 SHOWN = 12
 """Ids shown of either side, from the first that differs."""
@@ -35,20 +35,21 @@ class Break:
 
 def find_breaks(calls: Iterable[ModelCall]) -> list[Break]:
     """The calls that started a trajectory of their own although there was one, in order; joined as ``join_calls``."""
-    trajectories: list[Trajectory] = []
+    chains: list[Chain] = []
     breaks = []
     for turn, call in enumerate(calls, 1):
-        found = nearest(trajectories, call)
-        if found is not None and found[1] == len(found[0].token_ids):
-            found[0].extend(call)
+        found = nearest(chains, call)
+        if found is not None and found[1] == len(found[0]):
+            found[0].append(turn, call)
             continue
         if found is not None:
             breaks.append(_break(turn, call, *found))
-        trajectories.append(Trajectory.of(call))
+        chains.append(Chain(turn, call))
     return breaks
 
 
-def _break(turn: int, call: ModelCall, trajectory: Trajectory, common: int) -> Break:
+def _break(turn: int, call: ModelCall, chain: Chain, common: int) -> Break:
+    trajectory = chain.trajectory()
     mask, end = trajectory.mask, common + SHOWN
     first_sampled = int(mask.argmax()) if mask.any() else len(mask)
     return Break(
