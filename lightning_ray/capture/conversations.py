@@ -26,6 +26,7 @@ TOKENS_KEPT = 16_000_000
 ATTEMPTS_KEPT = 50_000
 CONVERSATIONS_TRIED = 64
 """Of an attempt's conversations that a prompt is compared with, those first that share most of its ids."""
+PLACES_TRIED = 4
 
 
 class Tokenizer(Protocol):
@@ -243,12 +244,14 @@ def continuation(conversation: Conversation, prompt: Cut, reader: Reader) -> Con
     found: Continuation | None = None
     while True:
         same = common_prefix(said.ids[here:], prompt.ids[there:])
-        if (end := conversation.last_end(here + same)) >= max(here, 1):
+        end = conversation.last_end(here + same)
+        if end >= max(here, 1) and (found is None or end > len(found.said)):
             upto = there + end - here
             found = Continuation(upto, said.ids[:end], (), upto, exact)
-        if here + same == len(said) or there + same == len(prompt):
+        reached = here + same
+        if reached == len(said) or there + same == len(prompt):
             return found
-        start = said.before(here + same, here)
+        start = said.before(reached, here)
         there += start - here
         here = start
         a, b = said.after(here), prompt.after(there)
@@ -259,7 +262,7 @@ def continuation(conversation: Conversation, prompt: Cut, reader: Reader) -> Con
             elif b < len(prompt) and text_a.startswith(text_b):
                 text_b, b = text_b + prompt.text(b, prompt.after(b)), prompt.after(b)
             else:
-                ends = [end for end in conversation.ends if here < end <= a]
+                ends = [end for end in conversation.ends if reached < end <= a]
                 return _ended_within(said, here, ends, prompt, there, b, reader) or found
         here, there, exact = a, b, False
 
@@ -274,15 +277,31 @@ def _ended_within(
         return None
     end = ends[count - 1]
     before = said.text(here, end)
-    parts = range(onwards - there)
-    place = there + bisect_right(parts, len(before) - 1, key=lambda length: len(prompt.text(there, there + length)))
-    # A character's first bytes count as a character too, so that the place may be a little off.
-    near = range(max(there, place - 4), min(onwards, place + 4) + 1)
-    rests = [prompt.ids[upto:onwards].tolist() for upto in near if prompt.text(there, upto) == before]
+    rests = [prompt.ids[place:onwards].tolist() for place in _places(prompt, there, onwards, len(before))]
     for rest in (*rests, reader.encode(whole[len(before) :])):
         if reader.text(np.array([*said.ids[here:end], *rest])) == whole:
-            return Continuation(place, said.ids[:end], rest, onwards, exact=False)
+            return Continuation(onwards - len(rest), said.ids[:end], rest, onwards, exact=False)
     return None
+
+
+def _places(prompt: Cut, start: int, end: int, characters: int) -> list[int]:
+    """Where a part of the prompt may have had so many characters.
+
+    It is read by halves, each once. A half that begins amid a character, or with a space, can be read as a little more
+    or less than it is.
+    """
+    low, high, rest = start, end, characters
+    while high - low > 64:
+        middle = (low + high) // 2
+        length = len(prompt.text(low, middle))
+        if length < rest:
+            low, rest = middle, rest - length
+        else:
+            high = middle
+    near = range(max(start, low - 16), min(end, high + 16) + 1)
+    back = len(prompt.text(near[0], low))
+    lengths = {place: len(prompt.text(near[0], place)) - back for place in near}
+    return sorted(near, key=lambda place: abs(lengths[place] - rest))[:PLACES_TRIED]
 
 
 def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
