@@ -19,7 +19,7 @@ from lightning_ray.agent_names import AGENT_HEADER, from_header
 from lightning_ray.capture.keys import Claims, KeyRefused, open_key
 
 _ADDRESS = re.compile(
-    r"^(?:/rollout/(?P<rollout>[^/]+)/attempt/(?P<attempt>[^/]+))?(?:/agent/(?P<agent>[^/]+))?(?P<path>/.*)$"
+    r"(?:/rollout/(?P<rollout>[^/]+)/attempt/(?P<attempt>[^/]+))?(?:/agent/(?P<agent>[^/]+))?(?P<path>/.*)"
 )
 Headers = Iterable[tuple[bytes, bytes]]
 
@@ -36,7 +36,7 @@ class Caller:
 
 @dataclass(frozen=True)
 class Address:
-    """A request's path, taken apart."""
+    """A request's path, taken apart and decoded."""
 
     path: str
     """What the app behind the edge is asked for."""
@@ -46,12 +46,12 @@ class Address:
 
     @classmethod
     def of(cls, path: str) -> Address:
-        """Of any path."""
-        found = _ADDRESS.match(path)
+        """Of any path as it was sent, percent-encoded: what an agent is called may have slashes."""
+        found = _ADDRESS.fullmatch(path)
         if found is None:
-            return cls(path)
-        agent = found["agent"]
-        return cls(found["path"], found["rollout"], found["attempt"], None if agent is None else unquote(agent))
+            return cls(unquote(path))
+        parts = {name: None if part is None else unquote(part) for name, part in found.groupdict().items()}
+        return cls(unquote(found["path"]), parts["rollout"], parts["attempt"], parts["agent"])
 
 
 def identify(secret: bytes, address: Address, headers: Headers) -> Caller:

@@ -36,6 +36,8 @@ class Answer:
     ):
         self.delivered = False
         """Whether the last byte went out."""
+        self.failed = False
+        """Whether it is an error's."""
         self._request = request
         self._dialect = dialect
         self._append = append
@@ -47,6 +49,11 @@ class Answer:
         self._began = False
         self._refused = False
         request.ended = self._begin_storing
+
+    @property
+    def unstored(self) -> bool:
+        """Whether there are rows that are not known to be durable."""
+        return bool(self._rows)
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Store these with the call's own."""
@@ -69,6 +76,7 @@ class Answer:
                 await refuse(self._send, self._dialect, status, f"the call could not be stored: {error}")
                 return
         if message["type"] == "http.response.start":
+            self.failed = message["status"] >= 400
             version = self._request.versions() or str(self._version())
             message = {**message, "headers": [*message.get("headers", ()), (VERSION_HEADER, version.encode())]}
         self._began = True

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter, OrderedDict
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote, unquote
 
 from lightning_ray.capture.address import Address, Caller, identify, key_of
 from lightning_ray.capture.answer import Answer, Append, Message, Send
@@ -20,7 +21,7 @@ from lightning_ray.capture.dialects import DIALECTS, Dialect
 from lightning_ray.capture.images import MARK, Image, by_reference
 from lightning_ray.capture.keys import KeyRefused, open_operator_key
 from lightning_ray.capture.refusal import refuse, respond
-from lightning_ray.capture.retries import SentCalls, digest_of, retry_of
+from lightning_ray.capture.retries import SentCall, SentCalls, digest_of, retry_of
 from lightning_ray.semconv import IMAGE_SPAN
 
 Scope = MutableMapping[str, Any]
@@ -76,7 +77,7 @@ class CaptureEdge:
         elif given == "/status":
             await self._status(scope, send)
         else:
-            await self._route(Address.of(given), scope, receive, send)
+            await self._route(Address.of(as_sent(scope, given)), scope, receive, send)
 
     async def _status(self, scope: Scope, send: Send) -> None:
         try:
@@ -97,25 +98,13 @@ class CaptureEdge:
         except KeyRefused as refused:
             await refuse(send, dialect, 401, str(refused))
             return
-        if (reason := await self.backend.ready()) is not None:
-            await refuse(send, dialect, 503, reason)
-            return
         inner = {**scope, "path": address.path, "raw_path": address.path.encode(), "root_path": ""}
-        if dialect is None:
-            await self.app(inner, receive, send)
-            return
-        attempt = (caller.rollout_id, caller.attempt_id)
-        if self._at_once[attempt] >= self.limits.calls_per_attempt:
-            words = f"attempt {caller.attempt_id} has {self.limits.calls_per_attempt} calls at once already; wait"
-            await refuse(send, dialect, 429, words, RETRY_AFTER)
-            return
-        self._at_once[attempt] += 1
-        try:
+        if dialect is not None:
             await self._captured(dialect, caller, inner, receive, send)
-        finally:
-            self._at_once[attempt] -= 1
-            if not self._at_once[attempt]:
-                del self._at_once[attempt]
+        elif (reason := await self.backend.ready()) is not None:
+            await refuse(send, None, 503, reason)
+        else:
+            await self.app(inner, receive, send)
 
     async def _captured(self, dialect: Dialect, caller: Caller, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -125,27 +114,56 @@ class CaptureEdge:
         if raw is None:
             await refuse(send, dialect, 413, f"the request body is larger than {self.limits.body_bytes} bytes")
             return
-        body = parse(raw)
-        refusal = body if isinstance(body, str) else dialect.refusal(body)
+        parsed = parse(raw)
+        refusal = parsed if isinstance(parsed, str) else dialect.refusal(parsed[0])
         if refusal is not None:
             await refuse(send, dialect, 400, refusal)
             return
-        assert isinstance(body, dict)
-        body, images = by_reference(body) if MARK in raw else (body, [])
+        assert not isinstance(parsed, str)
+        body, images = parsed
         request = CapturedRequest(caller, dialect.api, body)
         request.continues = dialect.continues(body)
         request.digest, request.retry = digest_of(dialect.path, raw), retry_of(scope["headers"])
         sent, superseded = self._sent.begin(request.attempt, request.digest, request.retry)
+        if (not_now := await self._not_now(caller)) is not None:
+            sent.span_ids, sent.delivered = superseded, False  # for the next retry to tell
+            await refuse(send, dialect, *not_now)
+            return
         sent.span_ids = request.span_ids
         answer = Answer(request, dialect, self.append, send, self.backend.version)
-        answer.add(self._image_rows(request, images) + request.superseding(list(superseded)))
+        answer.add(self._image_rows(request, images) + request.superseding(superseded))
+        self._at_once[request.attempt] += 1
+        try:
+            await self._answer(request, sent, answer, scope, replay(raw, receive))
+        finally:
+            self._at_once[request.attempt] -= 1
+            if not self._at_once[request.attempt]:
+                del self._at_once[request.attempt]
+            if answer.unstored:
+                for image in images:
+                    self._images.pop((request.attempt, image.sha256), None)
+
+    async def _not_now(self, caller: Caller) -> tuple[int, str, Sequence[tuple[bytes, bytes]]] | None:
+        """Why a call cannot be answered at present: status, reason and headers."""
+        if (reason := await self.backend.ready()) is not None:
+            return 503, reason, ()
+        most = self.limits.calls_per_attempt
+        if self._at_once[caller.rollout_id, caller.attempt_id] >= most:
+            return 429, f"attempt {caller.attempt_id} has {most} calls at once already; wait", RETRY_AFTER
+        return None
+
+    async def _answer(
+        self, request: CapturedRequest, sent: SentCall, answer: Answer, scope: Scope, receive: Receive
+    ) -> None:
         token = current_request.set(request)
         try:
-            await self.app(scope, replay(raw, receive), answer.release)
+            await self.app(scope, receive, answer.release)
         finally:
             current_request.reset(token)
-            sent.delivered = answer.delivered
+            sent.delivered = answer.delivered and not answer.failed
             await answer.end()
+            if untold := sent.untold():
+                await self.append(request.superseding(untold))
 
     def _image_rows(self, request: CapturedRequest, images: list[Image]) -> list[dict[str, Any]]:
         """Spans of the images that this attempt has not sent before."""
@@ -165,13 +183,23 @@ class HungUp(Exception):
     """The client hung up amid its request."""
 
 
-def parse(raw: bytes) -> dict[str, Any] | str:
-    """The body, or what is wrong with it."""
+def parse(raw: bytes) -> tuple[dict[str, Any], list[Image]] | str:
+    """The body and the images that it refers to, or what is wrong with it."""
     try:
         body = json.loads(raw)
+        if isinstance(body, dict):
+            return by_reference(body) if MARK in raw else (body, [])
     except ValueError as error:
         return f"the request body is not JSON: {error}"
-    return body if isinstance(body, dict) else f"the request body must be a JSON object, not {type(body).__name__}"
+    except RecursionError:
+        return "the request body is nested too deeply"
+    return f"the request body must be a JSON object, not {type(body).__name__}"
+
+
+def as_sent(scope: Scope, path: str) -> str:
+    """The request's path with its percent-encoding; ``path`` is without."""
+    raw = scope.get("raw_path", b"").decode("latin-1").removeprefix(scope.get("root_path", ""))
+    return raw if unquote(raw) == path else quote(path)
 
 
 async def read_body(receive: Receive, most: int) -> bytes | None:

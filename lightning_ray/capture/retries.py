@@ -1,15 +1,15 @@
 """One turn counts once: a call that its client's SDK sends again takes the place of the one it gave up.
 
 OpenAI's and Anthropic's clients number their retries (``x-stainless-retry-count``). A retry supersedes one earlier call
-of the same attempt with the same digest and the number before: one that was not answered in full if there is such,
-otherwise the latest. Calls that are alike but no retries (best of n) count each.
+of the same attempt with the same digest and a smaller number: one that was given up if there is such, otherwise one
+that is still at work, otherwise the latest. Calls that are alike but no retries (best of n) count each.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 RETRY_HEADER = b"x-stainless-retry-count"
@@ -26,9 +26,21 @@ class SentCall:
     digest: str
     retry: int
     span_ids: list[str] = field(default_factory=list)
-    delivered: bool = False
-    """Whether its answer went out in full."""
+    delivered: bool | None = None
+    """Whether its answer went out in full; None while it is at work."""
     superseded: bool = False
+    told: int = 0
+    """How many of its spans its retry has told to be superseded; those that come later it tells itself."""
+
+    def supersede(self) -> list[str]:
+        """A retry takes its place: the ids of its spans until now."""
+        self.superseded = True
+        self.told = len(self.span_ids)
+        return list(self.span_ids)
+
+    def untold(self) -> list[str]:
+        """The ids of its spans that came after its retry did."""
+        return self.span_ids[self.told :] if self.superseded else []
 
 
 class SentCalls:
@@ -39,15 +51,12 @@ class SentCalls:
         self._calls: OrderedDict[SentCall, None] = OrderedDict()
         self._alike: dict[tuple[Attempt, str], list[SentCall]] = {}
 
-    def begin(self, attempt: Attempt, digest: str, retry: int) -> tuple[SentCall, Sequence[str]]:
+    def begin(self, attempt: Attempt, digest: str, retry: int) -> tuple[SentCall, list[str]]:
         """A call begins: its record, and the ids of the spans that it supersedes."""
         alike = self._alike.setdefault((attempt, digest), [])
-        before = [call for call in alike if call.retry == retry - 1 and not call.superseded] if retry else []
-        gone: Sequence[str] = ()
-        if before:
-            given_up = next((call for call in reversed(before) if not call.delivered), before[-1])
-            given_up.superseded = True
-            gone = given_up.span_ids
+        before = [call for call in reversed(alike) if call.retry < retry and not call.superseded]
+        given_up = max(before, key=_likely_given_up, default=None)
+        gone = [] if given_up is None else given_up.supersede()
         call = SentCall(attempt, digest, retry)
         alike.append(call)
         self._calls[call] = None
@@ -63,6 +72,10 @@ class SentCalls:
             del self._alike[key]
 
 
+def _likely_given_up(call: SentCall) -> tuple[int, int]:
+    return {False: 2, None: 1, True: 0}[call.delivered], call.retry
+
+
 def digest_of(path: str, body: bytes) -> str:
     """What two calls have in common that ask the same."""
     return hashlib.blake2b(body, digest_size=16, person=path.encode()[-16:]).hexdigest()
@@ -71,6 +84,6 @@ def digest_of(path: str, body: bytes) -> str:
 def retry_of(headers: Iterable[tuple[bytes, bytes]]) -> int:
     """The number of a retry; 0 for the first try, and for clients that do not number."""
     for name, value in headers:
-        if name == RETRY_HEADER and value.isdigit():
+        if name == RETRY_HEADER and value.isdigit() and len(value) < 10:
             return int(value)
     return 0
