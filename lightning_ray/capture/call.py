@@ -112,8 +112,12 @@ class CapturedRequest:
         return bool(self.sequences) and not self.running
 
     def engine_ended(self) -> None:
-        """One of the engine's calls has ended and its sequences are here."""
-        if self.complete and self.ended is not None:
+        """One of the engine's calls has ended and its sequences are here.
+
+        One that was broken off is not told: why, the edge knows a moment later.
+        """
+        whole = all(sequence.finish_reason is not None for sequence in self.sequences)
+        if self.complete and whole and self.ended is not None:
             self.ended()
 
     def settle(self) -> None:
