@@ -12,12 +12,13 @@ import numpy as np
 import pyarrow as pa
 
 LISTS = ("token_ids", "mask", "logprobs")
+OPTIONAL_LISTS = ("weight_versions", "step_rewards")
 COLUMNS = (*LISTS, "rollout_id", "group_id", "reward")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows laid end to end: row ``i`` is ``offsets[i]:offsets[i + 1]`` of the three token arrays."""
+    """Rows laid end to end: row ``i`` is ``offsets[i]:offsets[i + 1]`` of the token arrays."""
 
     token_ids: np.ndarray
     mask: np.ndarray
@@ -31,6 +32,10 @@ class Batch:
     """Of each rollout, the index of its group."""
     reward: np.ndarray
     """Of each rollout."""
+    weight_versions: np.ndarray | None = None
+    """Of each token: the version of the weights that sampled it."""
+    step_rewards: np.ndarray | None = None
+    """Of each token: its call's reward where it is the last that the call sampled, else 0 or NaN."""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -56,9 +61,10 @@ def read_batch(table: pa.Table) -> Batch:
     missing = {*COLUMNS} - {*table.column_names}
     if missing:
         raise ValueError(f"the batch lacks the columns {sorted(missing)}; it has {table.column_names}")
-    columns = {name: table[name].combine_chunks() for name in COLUMNS}
+    lists = [*LISTS, *(name for name in OPTIONAL_LISTS if name in table.column_names)]
+    columns = {name: table[name].combine_chunks() for name in (*COLUMNS, *lists)}
     offsets = _offsets(columns["token_ids"])
-    for name in LISTS[1:]:
+    for name in lists[1:]:
         if not np.array_equal(_offsets(columns[name]), offsets):
             raise ValueError(f"column {name!r} must have as many items in each row as 'token_ids'")
     if np.diff(offsets).min() < 2:
@@ -81,7 +87,13 @@ def read_batch(table: pa.Table) -> Batch:
         row_rollout=rollout_of_row,
         group=group_of_row[first_row],
         reward=reward_of_row[first_row],
+        **{name: _flat(columns[name]) for name in OPTIONAL_LISTS if name in columns},
     )
+
+
+def _flat(column: pa.ListArray) -> np.ndarray:
+    """The items of all rows; null is NaN."""
+    return column.flatten().to_numpy(zero_copy_only=False)
 
 
 def _offsets(column: pa.ListArray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,49 +21,67 @@ class Minibatch:
     """This rank's part."""
     tokens: int
     """Trained tokens over all ranks."""
-    rows: int
-    """Rows with a trained token over all ranks."""
 
 
-def pad_rows(batch: Batch, advantage: np.ndarray, rows: np.ndarray) -> TensorDict:
+def pad_rows(batch: Batch, rows: np.ndarray, columns: Mapping[str, np.ndarray]) -> TensorDict:
     """Rows (B) padded on the right to their longest (T); no rows give one row of padding.
 
-    ``token_ids`` (B, T); ``mask``, ``logprobs``, ``advantages`` and ``wanted``, which is the mask as bool,
-    (B, T - 1): they belong to the tokens after the first. ``advantage`` is of each rollout.
+    ``token_ids`` (B, T); ``mask``, each of ``columns`` (values of the batch's tokens) and ``wanted``, which is the mask
+    as bool, (B, T - 1): they belong to the tokens after the first, and are 0 where the mask is.
     """
-    shape = (max(len(rows), 1), int(batch.lengths[rows].max(initial=2)))
-    token_ids = np.zeros(shape, np.int64)
-    mask, logprobs, advantages = (np.zeros(shape, np.float32) for _ in range(3))
-    for line, row in enumerate(rows):
-        here = slice(batch.offsets[row], batch.offsets[row + 1])
-        length = batch.lengths[row]
-        token_ids[line, :length] = batch.token_ids[here]
-        mask[line, :length] = batch.mask[here]
-        logprobs[line, :length] = batch.logprobs[here]
-        advantages[line] = advantage[batch.row_rollout[row]]
-    after_first = {"mask": mask, "logprobs": logprobs, "advantages": advantages, "wanted": mask > 0}
-    tensors = {name: torch.from_numpy(array[:, 1:]) for name, array in after_first.items()}
-    return TensorDict({"token_ids": torch.from_numpy(token_ids), **tensors}, batch_size=shape[0])
+    lengths = batch.lengths[rows] if len(rows) else np.zeros(1, np.int64)
+    starts = batch.offsets[rows] if len(rows) else np.zeros(1, np.int64)
+    steps = np.arange(int(lengths.max(initial=2)))
+    inside = steps < lengths[:, None]
+    place = np.where(inside, starts[:, None] + steps, 0)
+    wanted = (inside & (batch.mask[place] > 0))[:, 1:]
+    after_first = {name: np.where(wanted, column[place[:, 1:]], 0) for name, column in columns.items()}
+    arrays = {"token_ids": np.where(inside, batch.token_ids[place], 0).astype(np.int64), "wanted": wanted}
+    arrays |= {name: array.astype(np.float32) for name, array in (after_first | {"mask": wanted}).items()}
+    return TensorDict({name: torch.from_numpy(array) for name, array in arrays.items()}, batch_size=len(lengths))
+
+
+class Tally:
+    """Figures of micro batches, summed up or the largest kept, then over ranks, which must count the same names."""
+
+    def __init__(self, peaks: tuple[str, ...] = ()) -> None:
+        self._peaks = peaks
+        self._values: dict[str, float] = {}
+
+    def add(self, values: Mapping[str, float]) -> None:
+        """Count the figures of one micro batch."""
+        for name, value in values.items():
+            before = self._values.get(name)
+            if before is None:
+                self._values[name] = value
+            else:
+                self._values[name] = max(before, value) if name in self._peaks else before + value
+
+    def over_ranks(self, device: torch.device) -> dict[str, float]:
+        """The figures of all ranks; collective."""
+        result: dict[str, float] = {}
+        for operation, peaks in ((dist.ReduceOp.SUM, False), (dist.ReduceOp.MAX, True)):
+            names = [name for name in sorted(self._values) if (name in self._peaks) == peaks]
+            if names:
+                total = torch.tensor([self._values[name] for name in names], dtype=torch.float64, device=device)
+                dist.all_reduce(total, op=operation)
+                result |= dict(zip(names, total.tolist(), strict=True))
+        return result
 
 
 class LogprobGap:
     """How far the trainer's log probabilities of trained tokens are from the engine's, over all ranks."""
 
     def __init__(self) -> None:
-        self._largest, self._total, self._tokens = 0.0, 0.0, 0
+        self._tally = Tally(peaks=("largest",))
 
     def add(self, logprobs: torch.Tensor, micro: TensorDict) -> None:
         """Count a micro batch; ``logprobs`` (B, T - 1) are the trainer's."""
         gaps = (logprobs.cpu() - micro["logprobs"])[micro["wanted"]].abs()
-        if len(gaps):
-            self._largest = max(self._largest, float(gaps.max()))
-            self._total += float(gaps.sum())
-            self._tokens += len(gaps)
+        largest = float(gaps.max()) if len(gaps) else 0.0
+        self._tally.add({"largest": largest, "total": float(gaps.sum()), "tokens": float(len(gaps))})
 
     def over_ranks(self, device: torch.device) -> dict[str, float]:
         """The largest and the mean gap, in nats; collective."""
-        sums = torch.tensor([self._total, self._tokens], dtype=torch.float64, device=device)
-        largest = torch.tensor(self._largest, dtype=torch.float64, device=device)
-        dist.all_reduce(sums)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        return {"max_logprob_diff": float(largest), "mean_logprob_diff": float(sums[0] / sums[1])}
+        total = self._tally.over_ranks(device)
+        return {"max_logprob_diff": total["largest"], "mean_logprob_diff": total["total"] / total["tokens"]}

@@ -6,6 +6,7 @@ each rank. Writing into a temporary folder and renaming it is the caller's busin
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -15,24 +16,63 @@ from lightning_ray.errors import ConfigError
 STATE = "trainer_state"
 PROGRESS = "progress.json"
 WEIGHTS = ("*.safetensors", "*.bin")
+ADAPTER_CONFIG = "adapter_config.json"
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.*",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+    "chat_template*",
+)
+"""Files that decide which token ids a text or conversation becomes."""
 
 
-def check_model_folder(path: str) -> Path:
+def check_model_folder(path: str, setting: str = "model_path") -> Path:
     """The folder, if it holds a model. Raises ConfigError that says what is missing and what to do."""
     folder = Path(path)
     if not folder.is_dir():
         raise ConfigError(
-            f"model_path={path!r} is not a folder. Give a local one in Hugging Face format; a model of the "
+            f"{setting}={path!r} is not a folder. Give a local one in Hugging Face format; a model of the "
             "hub is fetched with: hf download <owner>/<name> --local-dir <folder>"
         )
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"model_path={path!r} has no config.json: give what save_pretrained wrote")
+        raise ConfigError(f"{setting}={path!r} has no config.json: give what save_pretrained wrote")
     if not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
         raise ConfigError(
-            f"model_path={path!r} has a config.json but no weights ({' or '.join(WEIGHTS)}): "
+            f"{setting}={path!r} has a config.json but no weights ({' or '.join(WEIGHTS)}): "
             "download it whole, or save the model with save_pretrained"
         )
+    if (folder / ADAPTER_CONFIG).is_file():
+        base = json.loads((folder / ADAPTER_CONFIG).read_text()).get("base_model_name_or_path")
+        raise ConfigError(
+            f"{setting}={path!r} holds a LoRA adapter and not a whole model: give its base ({base!r}) and resume from "
+            "the folder, or merge the two with PEFT's merge_and_unload and save_pretrained"
+        )
     return folder
+
+
+def tokenizer_hash(folder: Path) -> str:
+    """SHA-256 over names and bytes of the files that make the folder's tokenizer; the same for none."""
+    digest = hashlib.sha256()
+    for file in sorted({file for pattern in TOKENIZER for file in folder.glob(pattern) if file.is_file()}):
+        digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def check_tokenizer(checkpoint: Path, model: Path) -> None:
+    """Raise ConfigError if the checkpoint was trained, or now comes, with another tokenizer than the model's."""
+    expected = tokenizer_hash(model)
+    noted = json.loads((checkpoint / STATE / PROGRESS).read_text()).get("tokenizer", expected)
+    for what, found in (("was trained with", noted), ("holds", tokenizer_hash(checkpoint))):
+        if found != expected:
+            raise ConfigError(
+                f"{checkpoint} {what} another tokenizer (sha256 {found[:12]}) than the model {model} has "
+                f"({expected[:12]}): its weights would read other words. Resume with the model it began from, or put "
+                "its tokenizer's files back"
+            )
 
 
 def copy_description(source: Path, target: Path) -> None:
@@ -44,8 +84,9 @@ def copy_description(source: Path, target: Path) -> None:
 
 
 def write_progress(state: Path, updates: int, world_size: int) -> None:
-    """Note how far the training is, and for how many ranks its state was written."""
-    (state / PROGRESS).write_text(json.dumps({"updates": updates, "world_size": world_size}))
+    """Note how far the training is, for how many ranks its state was written, and the tokenizer in the folder above."""
+    progress = {"updates": updates, "world_size": world_size, "tokenizer": tokenizer_hash(state.parent)}
+    (state / PROGRESS).write_text(json.dumps(progress))
 
 
 def read_progress(folder: Path, world_size: int) -> int:

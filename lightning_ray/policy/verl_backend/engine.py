@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +20,10 @@ from transformers.utils import logging as transformers_logging
 from verl.trainer.config import CheckpointConfig
 from verl.utils.device import get_device_name, get_nccl_backend
 from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
+from verl.workers.config.optimizer import build_optimizer
 
 from lightning_ray.errors import ConfigError
+from lightning_ray.policy.schedule import rate_share
 from lightning_ray.policy.settings import UpdateSettings
 
 with warnings.catch_warnings():
@@ -28,6 +31,12 @@ with warnings.catch_warnings():
     from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
 
 BACKEND = "lightning-ray"
+PRECISION = {"float32": "fp32", "bfloat16": "bf16"}
+MODEL: dict[str, Any] = {
+    "load_tokenizer": False,
+    "use_remove_padding": False,
+    "override_config": {"attn_implementation": "sdpa"},
+}
 
 
 @EngineRegistry.register(model_type="language_model", backend=BACKEND, device=["cpu", "cuda"])
@@ -39,6 +48,9 @@ class PaddedEngine(FSDPEngineWithLMHead):
     (B, T - 1) float32, 0 where not wanted.
     """
 
+    settings: UpdateSettings
+    """Set before ``initialize``."""
+
     def prepare_model_inputs(self, micro_batch: TensorDict) -> tuple[dict[str, Any], dict[str, Any]]:
         return {"input_ids": micro_batch["token_ids"]}, {}
 
@@ -48,7 +60,7 @@ class PaddedEngine(FSDPEngineWithLMHead):
         wanted = micro_batch["wanted"]
         scores = output.logits[:, :-1][wanted].float().log_softmax(-1)
         sampled = scores.gather(-1, micro_batch["token_ids"][:, 1:][wanted].unsqueeze(-1)).squeeze(-1)
-        with torch.no_grad():
+        with contextlib.nullcontext() if self.settings.entropy_bonus else torch.no_grad():
             entropy = -(scores.exp() * scores).sum(-1)
         zeros = torch.zeros(wanted.shape, device=wanted.device)
         return {
@@ -61,6 +73,14 @@ class PaddedEngine(FSDPEngineWithLMHead):
         for module in self.module.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+    def _build_optimizer(self, module: torch.nn.Module) -> torch.optim.Optimizer:
+        """Over the weights that are trained: with LoRA, the adapter's alone."""
+        trained = [weight for weight in module.parameters() if weight.requires_grad]
+        return build_optimizer(trained, self.optimizer_config)
+
+    def _build_lr_scheduler(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, partial(rate_share, self.settings))
 
 
 def join_ranks(rank: int, world_size: int, address: str, port: int) -> None:
@@ -84,31 +104,56 @@ def build_engine(settings: UpdateSettings) -> PaddedEngine:
             f"device={settings.device!r} was asked for, but this process already uses verl on "
             f"{get_device_name()!r}: give each device a process of its own"
         )
-    precision = {"float32": "fp32", "bfloat16": "bf16"}[settings.dtype]
+    lora = settings.lora
+    optimizer = FSDPOptimizerConfig(
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+        clip_grad=settings.gradient_clip,
+    )
     model = HFModelConfig(
         path=settings.model_path,
-        load_tokenizer=False,
-        use_remove_padding=False,
+        lora_rank=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=lora.target_modules,
         enable_gradient_checkpointing=settings.device == "cuda",
-        override_config={"attn_implementation": "sdpa"},
+        **MODEL,
     )
-    fsdp = FSDPEngineConfig(
+    checkpoint = CheckpointConfig(save_lora_only=lora.rank > 0)
+    return _initialise(settings, model, _sharding(settings, "fp32"), optimizer, checkpoint)
+
+
+def build_reference(settings: UpdateSettings) -> PaddedEngine:
+    """The reference model, sharded like the policy, in the dtype of its forward pass; nothing of it is trained."""
+    model = HFModelConfig(
+        path=settings.reference.model or settings.model_path, enable_gradient_checkpointing=False, **MODEL
+    )
+    sharding = _sharding(settings, PRECISION[settings.dtype])
+    engine = _initialise(settings, model, sharding, FSDPOptimizerConfig(), CheckpointConfig())
+    engine.module.requires_grad_(False)
+    engine.optimizer = engine.lr_scheduler = None
+    return engine
+
+
+def _sharding(settings: UpdateSettings, model_dtype: str) -> FSDPEngineConfig:
+    return FSDPEngineConfig(
         strategy="fsdp2",
-        model_dtype="fp32",
-        mixed_precision={"param_dtype": precision, "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
+        model_dtype=model_dtype,
+        mixed_precision={
+            "param_dtype": PRECISION[settings.dtype],
+            "reduce_dtype": "fp32",
+            "buffer_dtype": "fp32",
+        },
         # Gathering twice costs more than the memory it saves where a rank's memory is the machine's.
         reshard_after_forward=settings.device == "cuda",
         use_torch_compile=False,
         use_remove_padding=False,
     )
-    optimizer = FSDPOptimizerConfig(
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        weight_decay=settings.weight_decay,
-        lr_warmup_steps=settings.warmup_steps,
-        clip_grad=settings.gradient_clip,
-    )
-    engine = EngineRegistry.new("language_model", BACKEND, model, fsdp, optimizer, CheckpointConfig())
+
+
+def _initialise(settings: UpdateSettings, *configs: Any) -> PaddedEngine:
+    engine: PaddedEngine = EngineRegistry.new("language_model", BACKEND, *configs)
+    engine.settings = settings
     transformers_logging.disable_progress_bar()
     with contextlib.redirect_stdout(io.StringIO()):  # verl prints sizes
         engine.initialize()

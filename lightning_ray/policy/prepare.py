@@ -1,0 +1,92 @@
+"""What each trained token of a batch needs before the first step: old log probabilities, the reference's, advantages.
+
+Every rank computes it all from the whole batch, forward passes apart, which the ranks share.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from verl.trainer.ppo.core_algos import kl_penalty
+
+from lightning_ray.policy.batch import Batch
+from lightning_ray.policy.credit import step_advantages
+from lightning_ray.policy.scoring import Scorer
+from lightning_ray.policy.settings import UpdateSettings
+from lightning_ray.policy.trained_tokens import TrainedTokens, trained_tokens
+from lightning_ray.policy.verl_backend.advantages import needs_group, outcome_advantages
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A batch ready to be trained on."""
+
+    rollouts: np.ndarray
+    """Indices of those that are trained, ascending."""
+    columns: dict[str, np.ndarray]
+    """Of each token of the batch: ``logprobs`` (the engine's), ``old_logprobs``, ``advantages`` and, where asked for,
+    ``reference``."""
+    figures: dict[str, float]
+
+
+def prepare(settings: UpdateSettings, batch: Batch, scorer: Scorer) -> Prepared:
+    """Score the batch and credit its tokens; collective. Raises ValueError if no rollout can be trained."""
+    rollouts = trainable(settings, batch)
+    rows = np.flatnonzero(np.isin(batch.row_rollout, rollouts))
+    tokens = trained_tokens(batch, rollouts)
+    columns = {"logprobs": batch.logprobs, "old_logprobs": batch.logprobs}
+    figures: dict[str, float] = {}
+    if settings.old_logprobs == "trainer" or _penalised(settings):
+        policy = scorer.policy(batch, rows)
+        if settings.old_logprobs == "trainer":
+            columns["old_logprobs"] = policy
+        figures |= _gap(policy, batch, tokens)
+    penalty = None
+    if settings.reference.coefficient:
+        columns["reference"] = scorer.reference(batch, rows)
+    if _penalised(settings):
+        new, reference = (
+            torch.from_numpy(tokens.matrix(scores[tokens.flat])) for scores in (policy, columns["reference"])
+        )
+        divergence = kl_penalty(new, reference, settings.reference.estimator).numpy()
+        penalty = settings.reference.coefficient * divergence
+        figures["reference_kl"] = float((divergence * tokens.mask).sum() / len(tokens.flat))
+    columns["advantages"] = _advantages(settings, batch, rollouts, tokens, penalty)
+    return Prepared(rollouts, columns, figures)
+
+
+def trainable(settings: UpdateSettings, batch: Batch) -> np.ndarray:
+    """Indices of the rollouts with a trained token and, if they are compared, another of their group.
+
+    Raises ValueError if there are none.
+    """
+    keep = batch.trained_per_rollout() > 0
+    if needs_group(settings):
+        keep &= np.bincount(batch.group[keep], minlength=len(keep))[batch.group] > 1
+    if not keep.any():
+        raise ValueError("no rollout of the batch can be trained: each is empty or alone in its group")
+    return np.flatnonzero(keep)
+
+
+def _penalised(settings: UpdateSettings) -> bool:
+    return settings.reference.coefficient > 0 and settings.reference.place == "reward"
+
+
+def _advantages(
+    settings: UpdateSettings, batch: Batch, rollouts: np.ndarray, tokens: TrainedTokens, penalty: np.ndarray | None
+) -> np.ndarray:
+    """Of each token of the batch, float32."""
+    group = batch.group[rollouts]
+    if settings.credit == "step":
+        matrix = step_advantages(batch, tokens, group, settings.advantage_by_std)
+    else:
+        matrix = outcome_advantages(settings, batch.reward[rollouts], group, tokens.mask, penalty)
+    return tokens.scatter(matrix, len(batch.token_ids))
+
+
+def _gap(policy: np.ndarray, batch: Batch, tokens: TrainedTokens) -> dict[str, float]:
+    """The largest and the mean difference between trainer and engine, in nats."""
+    gap = np.abs(policy - batch.logprobs)[tokens.flat]
+    return {"max_logprob_diff": float(gap.max()), "mean_logprob_diff": float(gap.mean(dtype=np.float64))}
