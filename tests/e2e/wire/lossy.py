@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Literal
-
-import httpx
+from types import ModuleType
+from typing import Any, Literal
 
 IMPATIENCE = 0.4
-"""Seconds that the first try waits."""
+"""Seconds that an impatient first try waits."""
+Fault = Literal["impatient", "lost"]
 
 
-class LossyTransport(httpx.AsyncHTTPTransport):
-    """``impatient`` gives the first try up amid sampling; ``lost`` gets its whole answer and loses it."""
+def lossy(http: ModuleType, fault: Fault) -> Any:
+    """A transport of ``http`` (httpx or httpx2) whose first try is given up amid sampling (``impatient``), or whose
+    answer comes in full and is lost; ``tries`` counts.
+    """
 
-    def __init__(self, fault: Literal["impatient", "lost"]):
-        super().__init__()
-        self.tries = 0
-        self._fault = fault
+    class Transport(http.AsyncHTTPTransport):  # type: ignore[name-defined]
+        tries = 0
 
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        self.tries += 1
-        if self.tries > 1:
-            return await super().handle_async_request(request)
-        if self._fault == "lost":
-            answer = await super().handle_async_request(request)
-            await answer.aread()
-            raise httpx.ReadError("the connection was lost", request=request)
-        try:
-            async with asyncio.timeout(IMPATIENCE):
-                await super().handle_async_request(request)
-        except TimeoutError:
-            raise httpx.ReadTimeout("too slow", request=request) from None
-        raise AssertionError("the first try was answered in time: ask for more tokens")
+        async def handle_async_request(self, request: Any) -> Any:
+            self.tries += 1
+            if self.tries > 1:
+                return await super().handle_async_request(request)
+            if fault == "lost":
+                await (await super().handle_async_request(request)).aread()
+                raise http.ReadError("the connection was lost", request=request)
+            try:
+                async with asyncio.timeout(IMPATIENCE):
+                    await super().handle_async_request(request)
+            except TimeoutError:
+                raise http.ReadTimeout("too slow", request=request) from None
+            raise AssertionError("the first try was answered in time: ask for more tokens")
+
+    return Transport()

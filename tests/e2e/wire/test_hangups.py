@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
-from typing import Any, Literal
+from typing import Any
 
 import anthropic
 import httpx
+import httpx2
 import openai
 import pytest
 
 from lightning_ray.semconv import SUPERSEDED_SPAN
 from tests.e2e.wire.clients import MESSAGES, MOST, PROMPT
-from tests.e2e.wire.lossy import LossyTransport
+from tests.e2e.wire.lossy import Fault, lossy
 from tests.e2e.wire.served import BODY_MB, MODEL, Served, Session
 from tests.e2e.wire.test_turns import trajectories
 
@@ -46,11 +47,11 @@ async def idle(served: Served) -> bool:
     return told["running"] == told["waiting"] == 0
 
 
-async def check_broken_off(session: Session, least: int) -> None:
+async def check_broken_off(session: Session) -> None:
     """One span, of what was sampled until the client hung up, which trains nothing; and the engine stops."""
     await until(lambda: idle(session.served))
     [span] = await until(session.calls)
-    assert least <= len(span["sampled_ids"]) < LONG["max_tokens"]
+    assert 0 < len(span["sampled_ids"]) < LONG["max_tokens"]
     assert len(span["sampled_ids"]) == len(span["logprobs"]) == len(span["weight_versions"])
     assert span["attributes"]["hung_up"] is True and span["status"] == "ERROR"
     assert await trajectories(session) == []
@@ -67,15 +68,16 @@ async def test_a_stream_that_is_left_in_the_middle_is_stored_as_far_as_it_came(s
         lines = answer.aiter_lines()
         while "delta" not in (line := await anext(lines)) and '"text":"' not in line:
             pass
-    await check_broken_off(session, 1)
+    await check_broken_off(session)
 
 
-async def test_a_call_that_is_given_up_before_its_answer_is_stored_as_far_as_it_came(served: Served) -> None:
+async def test_a_call_that_is_given_up_before_its_answer_stops_and_trains_nothing(served: Served) -> None:
     session = await served.attempt()
     async with httpx.AsyncClient(timeout=0.5) as client:
         with pytest.raises(httpx.ReadTimeout):
             await client.post(f"{session.base}/chat/completions", json=BODY, headers=session.headers)
-    await check_broken_off(session, 1)
+    await until(lambda: idle(served))
+    assert await trajectories(session) == []
 
 
 async def test_a_slow_reader_gets_everything_and_holds_nobody_up(served: Served) -> None:
@@ -119,33 +121,43 @@ async def test_nonsense_is_refused_in_the_words_of_its_api(served: Served, path:
     assert await session.spans() == []
 
 
-async def again_openai(session: Session, http: httpx.AsyncClient) -> None:
-    client = openai.AsyncOpenAI(base_url=session.base, api_key=session.key, http_client=http, max_retries=2)
-    await client.chat.completions.create(model=MODEL, messages=MESSAGES, **LONG, extra_body=ENDLESS)
+async def again_openai(session: Session, fault: Fault) -> int:
+    transport = lossy(httpx, fault)
+    async with httpx.AsyncClient(transport=transport, timeout=60) as http:
+        client = openai.AsyncOpenAI(base_url=session.base, api_key=session.key, http_client=http)
+        await client.chat.completions.create(model=MODEL, messages=MESSAGES, **LONG, extra_body=ENDLESS)
+    return transport.tries
 
 
-async def again_anthropic(session: Session, http: httpx.AsyncClient) -> None:
-    client = anthropic.AsyncAnthropic(base_url=session.address, api_key=session.key, http_client=http, max_retries=2)
-    await client.messages.create(model=MODEL, messages=MESSAGES, max_tokens=MOST)
+async def again_anthropic(session: Session, fault: Fault) -> int:
+    transport = lossy(httpx2, fault)
+    async with httpx2.AsyncClient(transport=transport, timeout=60) as http:
+        client = anthropic.AsyncAnthropic(base_url=session.address, api_key=session.key, http_client=http)
+        await client.messages.create(model=MODEL, messages=MESSAGES, max_tokens=MOST)
+    return transport.tries
 
 
-@pytest.mark.parametrize(
-    ("call", "fault"), [(again_openai, "impatient"), (again_openai, "lost"), (again_anthropic, "lost")]
-)
-async def test_a_call_that_its_sdk_sends_again_counts_once(
-    served: Served, call: Callable[[Session, httpx.AsyncClient], Awaitable[None]], fault: Literal["impatient", "lost"]
+@pytest.mark.parametrize("call", [again_openai, again_anthropic])
+async def test_a_call_whose_answer_was_lost_and_that_its_sdk_sends_again_counts_once(
+    served: Served, call: Callable[[Session, Fault], Awaitable[int]]
 ) -> None:
     session = await served.attempt()
-    transport = LossyTransport(fault)
-    async with httpx.AsyncClient(transport=transport, timeout=60) as http:
-        await call(session, http)
-    assert transport.tries == 2
+    assert await call(session, "lost") == 2
     first, second = await session.calls()
-    assert second["attributes"]["retry"] == 1 and second["status"] == "OK"
+    assert first["status"] == second["status"] == "OK" and second["attributes"]["retry"] == 1
     gone = [span for span in await session.spans() if span["name"] == SUPERSEDED_SPAN]
     assert [span["parent_id"] for span in gone] == [first["span_id"]]
     [trajectory] = await trajectories(session)
     assert trajectory.token_ids[trajectory.mask == 1].tolist() == second["sampled_ids"]
+
+
+async def test_a_call_that_took_too_long_and_that_its_sdk_sends_again_counts_once(served: Served) -> None:
+    session = await served.attempt()
+    assert await again_openai(session, "impatient") == 2
+    [trajectory] = await trajectories(session)
+    last = (await session.calls())[-1]
+    assert last["status"] == "OK" and last["attributes"]["retry"] == 1
+    assert trajectory.token_ids[trajectory.mask == 1].tolist() == last["sampled_ids"]
 
 
 async def test_equal_calls_that_are_no_retries_count_each(served: Served) -> None:

@@ -1,0 +1,155 @@
+"""Two replicas: an attempt's calls go to one, attempts are spread over both, the loss of one is no agent's business.
+
+Real Ray, Serve, HAProxy, vLLM and a trainer rank; one cluster for all tests of this file, in their order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import csv
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import openai
+import pytest
+import pytest_asyncio
+from rich.console import Console
+
+from lightning_ray.algorithms.grpo import GRPO
+from lightning_ray.capture.keys import Claims, issue_key
+from lightning_ray.cluster import Cluster
+from lightning_ray.config import EngineSettings, RunnerSettings
+from lightning_ray.progress import Reporter
+from lightning_ray.run import Run
+from lightning_ray.run_folder import RunFolder
+from tests.e2e.tiny import make_tiny_model, two_turns
+
+pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module")]
+TASKS = [{"question": "w1 w2", "length": 8}]
+AGENTS, CALLS = 40, 4
+PAUSE = 0.2
+"""Seconds between two calls of an agent."""
+BACK_SECONDS = 120.0
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def run(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Run]:
+    folder = RunFolder(tmp_path_factory.mktemp("runs") / "replicas")
+    folder.create(resume=False)
+    engine = EngineSettings(replicas=2, max_model_len=128, kv_cache_memory_mb=16)
+    settings = GRPO(model=make_tiny_model, ranks=1, engine=engine)
+    reporter = Reporter(Console(quiet=True))
+    run = Run(folder, reporter, Cluster(), two_turns, {"train": TASKS}, RunnerSettings(), False)
+    try:
+        await run.start(settings)
+        yield run
+    finally:
+        await run.close()
+
+
+@dataclass
+class Attempt:
+    """One attempt and what its agent heard: the ids of each answer."""
+
+    rollout_id: str
+    attempt_id: str
+    client: openai.AsyncOpenAI
+    heard: list[list[int]] = field(default_factory=list)
+
+    async def call(self, **options: Any) -> None:
+        """One call, which no SDK sends again."""
+        answer: Any = await self.client.chat.completions.create(
+            model="policy",
+            messages=[{"role": "user", "content": "w1 w2"}],
+            max_tokens=24,
+            extra_body={"return_token_ids": True, "ignore_eos": True, **options},
+        )
+        self.heard.append(answer.choices[0].token_ids)
+
+
+async def begin(run: Run) -> Attempt:
+    """A fresh attempt."""
+    begun = await run.store.start_rollout({})
+    ids = begun.rollout_id, begun.attempt.attempt_id
+    resources = await run.store.get_resources_by_id("sampled")
+    assert resources is not None
+    llm: Any = resources.resources["main_llm"]
+    key = issue_key(run.cluster.secret, Claims(*ids, time.time() + 600))
+    return Attempt(*ids, openai.AsyncOpenAI(base_url=llm.get_base_url(*ids), api_key=key, max_retries=0))
+
+
+async def given(run: Run) -> Counter[str]:
+    """How many calls HAProxy has given to each replica."""
+    assert run.cluster._temp is not None
+    reader, writer = await asyncio.open_unix_connection(run.cluster._temp / "haproxy" / "admin.sock")
+    writer.write(b"show stat\n")
+    rows = csv.DictReader((await reader.read()).decode().removeprefix("# ").splitlines())
+    writer.close()
+    return Counter({row["svname"]: int(row["stot"]) for row in rows if row["svname"] not in ("FRONTEND", "BACKEND")})
+
+
+async def test_calls_of_one_attempt_go_to_one_replica_and_attempts_are_spread(run: Run) -> None:
+    used: Counter[str] = Counter()
+    for _ in range(16):
+        attempt = await begin(run)
+        before = await given(run)
+        for _ in range(3):
+            await attempt.call()
+        to = (await given(run)) - before
+        assert list(to.values()) == [3], to
+        used.update(to.keys())
+    assert len(used) == 2 and min(used.values()) >= 2, used
+
+
+async def play(run: Run, attempts: list[Attempt], enough: asyncio.Event) -> None:
+    """One agent: attempts of a few calls, one after the other, until there were enough."""
+    while not enough.is_set():
+        attempts.append(await begin(run))
+        for _ in range(CALLS):
+            await attempts[-1].call()
+            await asyncio.sleep(PAUSE)
+
+
+async def back(run: Run, gone: int) -> list[Any]:
+    """The replicas, once there are two again and both are proved."""
+    async with asyncio.timeout(BACK_SECONDS):
+        while True:
+            with contextlib.suppress(Exception):  # a replica that is dead and not yet known to be
+                members = await run.cluster.replicas("describe")
+                if len(members) == 2 and all(m["proved"] and m["pid"] != gone for m in members):
+                    return members
+            await asyncio.sleep(0.5)
+
+
+async def test_the_loss_of_a_replica_under_load_is_no_agents_business(run: Run) -> None:
+    attempts: list[Attempt] = []
+    enough = asyncio.Event()
+    agents = [asyncio.create_task(play(run, attempts, enough)) for _ in range(AGENTS)]
+    await asyncio.sleep(2.0)
+    [first, _] = await run.cluster.replicas("describe")
+    os.kill(first["pid"], signal.SIGKILL)
+    members = await back(run, first["pid"])
+    seen = sum(len(attempt.heard) for attempt in attempts)
+    await asyncio.sleep(2.0)
+    enough.set()
+    await asyncio.gather(*agents)
+    assert sum(len(attempt.heard) for attempt in attempts) > seen, "calls go on"
+    assert {member["version"] for member in members} == {run.state.version}
+    again = 0
+    for attempt in attempts:
+        spans = (await run.store.scan_spans([attempt.rollout_id], attempt.attempt_id)).to_pylist()
+        answered = [span["sampled_ids"] for span in spans if span["status"] == "OK"]
+        again += len(answered) - len(attempt.heard)
+        assert all(ids in answered for ids in attempt.heard), "every answer is in the store"
+        assert all(len(span["logprobs"]) == len(span["sampled_ids"]) for span in spans)
+    assert 0 <= again <= AGENTS, "calls that the lost replica had stored and not yet answered"
+
+
+async def test_both_replicas_are_at_work_again(run: Run) -> None:
+    await test_calls_of_one_attempt_go_to_one_replica_and_attempts_are_spread(run)
