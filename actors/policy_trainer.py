@@ -17,7 +17,7 @@ import psutil
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from lightning_ray.errors import InfrastructureError, LightningRayError
+from lightning_ray.errors import InfrastructureError, LightningRayError, TrainersLostError
 from lightning_ray.net import free_port
 from lightning_ray.policy.settings import UpdateSettings
 
@@ -171,7 +171,7 @@ class PolicyTrainerGroup:
             raise _worst({pending[task]: task.exception() for task in done}, method)
         if waiting:
             silent = sorted(pending[task] for task in waiting)
-            raise InfrastructureError(
+            raise TrainersLostError(
                 f"trainer rank {silent} did not answer {method!r} within {timeout:g} s. If `ray status` "
                 "shows it waiting for a CPU or GPU, free one; if the work is large, give a longer timeout; "
                 "else resume from the last checkpoint"
@@ -200,7 +200,7 @@ def _worst(failures: dict[int, BaseException | None], method: str) -> Exception:
     errors = {rank: error for rank, error in sorted(failures.items()) if error is not None}
     for rank, error in errors.items():
         if isinstance(error, RayActorError):
-            return InfrastructureError(
+            return TrainersLostError(
                 f"trainer rank {rank} died during {method!r}; resume from the last checkpoint. {_first_lines(error)}"
             )
     for error in errors.values():

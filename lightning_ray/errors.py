@@ -33,5 +33,9 @@ class InfrastructureError(LightningRayError):
     """A part of the system died or stayed silent past its deadline. Never scored as a reward."""
 
 
+class TrainersLostError(InfrastructureError):
+    """A trainer rank died or stayed silent; the ranks can be started anew from the last checkpoint."""
+
+
 class SwapError(LightningRayError):
     """A weight swap could not be proved on a replica."""

@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from lightning_ray.agent import LitAgent
@@ -76,6 +77,9 @@ class Run:
         self._began = time.perf_counter()
         self._settings: GRPO
         self._swapper: PolicySwapper
+        self._model_folder: Path
+        self._proved: list[int] = []
+        """Weight versions that every replica proved."""
         self._watch: asyncio.Task[None] | None = None
         self._last_swap: float | None = None
         self._validation: float | None = None
@@ -93,7 +97,7 @@ class Run:
             await self.store.statistics()
             write_json(self.folder.path / "ray.json", self.cluster.whereabouts())
             await self._cancel_leftovers()
-        model = await self._model(settings)
+        model = self._model_folder = await self._model(settings)
         with self.reporter.stage("engine and trainer up"):
             endpoint, _ = await together(
                 self.cluster.start_policy(model, settings.model_name, settings.engine),
@@ -123,6 +127,7 @@ class Run:
         """The initial model; after a resume too, as old checkpoints go and a restarting replica loads it again."""
         if self._resume:
             self.state = RunState(**self.folder.read_state())
+            self._proved = list(range(self.state.version))
             self.folder.truncate_metrics(self.state.step)
         if not callable(settings.model):
             return Path(settings.model)
@@ -136,6 +141,29 @@ class Run:
         """Rollouts that an interrupted run left open are played again under new ids."""
         for rollout in await self.store.query_rollouts(status_in=["queuing", "preparing", "running", "requeuing"]):
             await self.store.update_rollout(rollout.rollout_id, status="cancelled")
+
+    async def restart_trainers(self, reason: str) -> None:
+        """Start the trainer ranks anew from the last checkpoint, or from the initial model, and publish its weights
+        under the next version; engine and runners go on. The run's state goes back to that checkpoint.
+        """
+        settings, before = self._settings, self.state
+        self.reporter.note(f"the trainer ranks are started anew: {reason}")
+        self.cluster.trainers.stop()
+        latest = self.folder.latest_checkpoint()
+        if latest is not None:
+            self.state = RunState(**self.folder.read_state())
+        else:
+            self.state = RunState(evaluations=before.evaluations, seconds_to_first_step=before.seconds_to_first_step)
+        self.state.version, self.state.trainer_restarts = before.version, before.trainer_restarts + 1
+        self.state.swaps, self.state.swaps_proved = before.swaps, before.swaps_proved
+        self.folder.truncate_metrics(self.state.step)
+        transfer = settings.engine.chosen_transfer
+        await self.cluster.start_trainers(settings.update_settings(self._model_folder), settings.ranks, transfer)
+        if latest is not None:
+            await self.cluster.trainers.load(str(latest))
+        self._swapper = await self.cluster.connect(settings.engine)
+        await self.publish(self.state.version + 1)
+        self.reporter.start_steps(self.state.step, settings.steps)
 
     async def _watch_replicas(self) -> None:
         """Give replicas that restarted or joined the current weights."""
@@ -161,14 +189,15 @@ class Run:
         for task in tasks:
             group_id = f"gr-{uuid.uuid4().hex[:12]}"
             for _ in range(group_size):
-                request = self._request(task, "train", "sampled" if sampled else "greedy", {"group_id": group_id})
+                request = self.request(task, "train", "sampled" if sampled else "greedy", {"group_id": group_id})
                 requests.append(request)
                 group_of[str(request.rollout_id)] = group_id
         return await self._play(requests), group_of
 
-    def _request(
+    def request(
         self, task: Any, mode: RolloutMode, resources_id: str, metadata: dict[str, Any]
     ) -> EnqueueRolloutRequest:
+        """What queues one rollout of a task, under the run's limits and an id of its own."""
         settings = self._settings
         return EnqueueRolloutRequest(
             input=task,
@@ -186,25 +215,35 @@ class Run:
     async def _play(self, requests: Sequence[EnqueueRolloutRequest]) -> list[Episode]:
         queued = await self.store.enqueue_many_rollouts(requests)
         ids = [rollout.rollout_id for rollout in queued]
+        await self.wait_for(ids)
+        return await self.read(ids)
+
+    async def wait_for(self, rollout_ids: Sequence[str]) -> None:
+        """Return when all rollouts have ended. Raises InfrastructureError past the deadline that their own limits
+        set, or when the runners fail.
+        """
         settings = self._settings
         deadline = settings.rollout_timeout_seconds * settings.max_attempts + 120.0
-        ended = await self._unless_runners_fail(
-            self.store.wait_for_rollouts(rollout_ids=ids, timeout=deadline), deadline + 60.0
-        )
-        if len(ended) < len(ids):
-            rollouts = await self.store.query_rollouts(rollout_id_in=ids)
+        waiting = self.store.wait_for_rollouts(rollout_ids=rollout_ids, timeout=deadline)
+        ended = await self._unless_runners_fail(waiting, deadline + 60.0)
+        if len(ended) < len(rollout_ids):
+            rollouts = await self.store.query_rollouts(rollout_id_in=rollout_ids)
             states = dict(Counter(r.status for r in rollouts if r.status not in TERMINAL_ROLLOUT))
             raise InfrastructureError(
-                f"{len(ids) - len(ended)} of {len(ids)} rollouts did not end within {deadline:.0f} s, by state: "
-                f"{states}; the runners may be stuck: look at them in the Ray dashboard"
+                f"{len(rollout_ids) - len(ended)} of {len(rollout_ids)} rollouts did not end within {deadline:.0f} s, "
+                f"by state: {states}; the runners may be stuck: look at them in the Ray dashboard"
             )
-        ended = (await self.store.query_rollouts(rollout_id_in=ids)).items
-        spans = await self.store.scan_spans(ids)
+
+    async def read(self, rollout_ids: Sequence[str]) -> list[Episode]:
+        """The episodes of rollouts that have ended, in the order of their ids."""
+        found = {r.rollout_id: r for r in (await self.store.query_rollouts(rollout_id_in=rollout_ids)).items}
+        ended = [found[rollout_id] for rollout_id in rollout_ids]
+        spans = await self.store.scan_spans(rollout_ids)
         counting = dict(pairs_of(spans))
         for rollout_id, times in Counter(rollout_id for rollout_id, _ in pairs_of(spans)).items():
             if times > 1:
                 counting |= last_attempts((await self.store.query_attempts(rollout_id)).items)
-        return read_episodes(ended, spans, counting, settings.agent_match)
+        return read_episodes(ended, spans, counting, self._settings.agent_match)
 
     async def _unless_runners_fail(self, waiting: Any, deadline: float) -> Any:
         task = asyncio.ensure_future(waiting)
@@ -227,11 +266,20 @@ class Run:
         figures = await self.cluster.trainers.update(batch)
         return {**figures, "seconds": time.perf_counter() - began}
 
+    def check_tokens(self, account: Account, max_staleness: int) -> None:
+        """Count what must not be among the trained tokens: any of an unproved version, or older than the bound."""
+        for episode in account.trained:
+            for trajectory in episode.trajectories:
+                versions = trajectory.weight_versions[trajectory.mask == 1]
+                self.state.stale_tokens_beyond_bound += int((versions < self.state.version - max_staleness).sum())
+                self.state.unproved_tokens_trained += int((~np.isin(versions, self._proved)).sum())
+
     async def publish(self, version: int) -> None:
         """Swap the weights on every replica, and prove it."""
         self.state.swaps += 1
         swap = await self._swapper.publish(version)
         self.state.version = version
+        self._proved.append(version)
         self.state.swaps_proved += 1
         self.state.max_logprob_diff = max(self.state.max_logprob_diff, swap.max_logprob_diff)
         self._last_swap = swap.seconds * 1e3
@@ -319,7 +367,7 @@ class Run:
 
     async def _evaluate(self, split: RolloutMode, mode: str) -> Evaluation:
         data = self.datasets[split]
-        requests = [self._request(data[i], split, mode, {"evaluation": mode}) for i in range(len(data))]
+        requests = [self.request(data[i], split, mode, {"evaluation": mode}) for i in range(len(data))]
         episodes = await self._play(requests)
         self._refuse_total_failure(episodes)
         figures = evaluate(episodes)

@@ -24,5 +24,10 @@ class RunState:
     tokens_trained: int = 0
     seconds: float = 0.0
     seconds_to_first_step: float | None = None
+    flow: dict[str, Any] = field(default_factory=dict)
+    """Groups of rollouts on their way (``algorithms.flow``)."""
+    trainer_restarts: int = 0
+    stale_tokens_beyond_bound: int = 0
+    unproved_tokens_trained: int = 0
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
     """``val.greedy_before`` and so on -> figures."""

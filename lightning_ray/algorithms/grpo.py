@@ -1,16 +1,15 @@
 """GRPO: groups of rollouts of one task, advantages relative to the group, a clipped policy update, a proved swap.
 
 Group Relative Policy Optimization (Shao et al., 2024, "DeepSeekMath"), with DAPO's asymmetric clip (Yu et al., 2025).
-Advantage and loss are verl's; this file is the loop.
+Advantage and loss are verl's; the loop is ``algorithms.loop``'s; these are its settings.
 """
 
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
@@ -19,6 +18,7 @@ from lightning_ray.config import EngineSettings
 from lightning_ray.errors import ConfigError
 from lightning_ray.policy.model_folder import check_model_folder
 from lightning_ray.policy.settings import UpdateSettings
+from lightning_ray.trajectories.settings import BatchSettings
 
 if TYPE_CHECKING:
     from lightning_ray.run import Run
@@ -66,13 +66,20 @@ class GRPO(AlgorithmSettings):
     clip_low: float = Field(default=0.2, gt=0)
     clip_high: float = Field(default=0.28, gt=0)
     minibatch_rollouts: int = Field(default=64, ge=1)
-    max_tokens: int | None = None
-    """Longest trajectory that is trained on; longer ones are dropped by name."""
+    batch: BatchSettings = BatchSettings()
+    """How rollouts become rows: level, limits, rewards, groups."""
     validate_every: int = Field(default=10, ge=0)
     """Steps between two validations on val_dataset (greedy); 0 for none."""
     checkpoint_every: int = Field(default=10, ge=1)
     rollout_timeout_seconds: float = Field(default=600.0, gt=0)
     max_attempts: int = Field(default=2, ge=1)
+    max_staleness: int = Field(default=0, ge=0)
+    """Weight versions that a trained token may be older than the weights it trains. Above 0, rollouts are played while
+    the policy is trained; 0 is strictly on-policy."""
+    max_resamples: int = Field(default=3, ge=0)
+    """How often in a step groups are played again that ``batch`` says to resample."""
+    reproducible: bool = False
+    """Every rollout samples with a seed of its own, so that the same weights give the same rollouts; a bit slower."""
     seed: int = 0
     engine: EngineSettings = EngineSettings()
 
@@ -109,23 +116,6 @@ class GRPO(AlgorithmSettings):
 
     async def learn(self, run: Run) -> None:
         """Play, settle, update, swap, prove; validate and save as told."""
-        from lightning_ray.data import Epochs
-        from lightning_ray.trajectories.account import batch_of, settle
+        from lightning_ray.algorithms.loop import TrainingLoop
 
-        await run.start(self)
-        for step in range(run.state.step, self.steps):
-            began = time.perf_counter()
-            tasks = Epochs(run.train_dataset, self.seed).take(step * self.prompts_per_step, self.prompts_per_step)
-            played, group_of = await run.play_groups(tasks, self.group_size, sampled=True)
-            sampled_seconds = time.perf_counter() - began
-            account = settle(played, group_of, self.max_tokens)
-            update: dict[str, Any] = {}
-            if account.trained:
-                update = await run.update(batch_of(account.trained, group_of))
-                await run.publish(run.state.version + 1)
-            run.record_step(step, played, account, update, sampled_seconds, time.perf_counter() - began)
-            if self.validate_every and (step + 1) % self.validate_every == 0 and step + 1 < self.steps:
-                await run.validate()
-            if (step + 1) % self.checkpoint_every == 0 or step + 1 == self.steps:
-                await run.checkpoint()
-        await run.finish()
+        await TrainingLoop(self, run).learn()

@@ -11,6 +11,7 @@ import asyncio
 import copy
 import itertools
 import time
+import zlib
 from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
@@ -157,6 +158,8 @@ def prepare(sampling_params: Any, request: CapturedRequest) -> tuple[Any, bool]:
     for name in FORCED:
         if name in sampling:
             setattr(params, name, sampling[name])
+    if (seed := sampling.get("seed")) is not None:
+        params.seed = call_seed(seed, request.digest)
     if sampling:
         params.__post_init__()
     hide = params.num_logprobs is None
@@ -164,6 +167,11 @@ def prepare(sampling_params: Any, request: CapturedRequest) -> tuple[Any, bool]:
         params.logprobs = 0
     request.sampling_used = {name: getattr(params, name) for name in (*FORCED, "n", "stop", "max_tokens", "seed")}
     return params, hide
+
+
+def call_seed(seed: int, digest: str) -> int:
+    """The seed of one call of a rollout that has one: another for each request, the same for the same."""
+    return zlib.crc32(f"{seed} {digest}".encode())
 
 
 def is_plain(prompt: Any) -> bool:

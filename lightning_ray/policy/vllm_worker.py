@@ -1,12 +1,19 @@
 """What rides in vLLM's worker process: the gloo transfer engine and the probes that explain a failed proof.
 
-Given to vLLM by name (``worker_extension_cls``), so that it is there however the worker is started.
+Given to vLLM by name (``worker_extension_cls``), so that it is there however the worker is started. A worker in a
+process of its own ends with the process that started it: a replica that is killed leaves no engine behind.
 """
 
 from __future__ import annotations
 
+import os
+import threading
+import time
+
 from lightning_ray.policy import gloo_transfer
 from lightning_ray.policy.probe import engine_probes
+
+PARENT_SECONDS = 1.0
 
 gloo_transfer.register()
 
@@ -17,3 +24,18 @@ class WorkerExtension:
     def lightning_ray_probes(self) -> dict[str, float]:
         """One number for each parameter, as this worker computes with it."""
         return engine_probes(self.model_runner.model)  # type: ignore[attr-defined]
+
+
+def end_with_parent() -> None:
+    """End this process once its parent is gone."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_SECONDS)
+        os._exit(0)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+end_with_parent()

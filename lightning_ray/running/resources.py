@@ -42,5 +42,7 @@ class ResourceBook:
         return update.resources
 
     def _own(self, llm: ProxyLLM, rollout: AttemptedRollout, expires: float) -> ProxyLLM:
-        claims = Claims(rollout.rollout_id, rollout.attempt.attempt_id, expires, llm.sampling_parameters)
+        seed = (rollout.metadata or {}).get("seed")
+        sampling = llm.sampling_parameters if seed is None else {**llm.sampling_parameters, "seed": seed}
+        claims = Claims(rollout.rollout_id, rollout.attempt.attempt_id, expires, sampling)
         return llm.model_copy(update={"api_key": issue_key(self._secret, claims)})

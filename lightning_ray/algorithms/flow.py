@@ -1,0 +1,146 @@
+"""Groups of rollouts on their way: queued -> played -> taken for a step -> trained or dropped. Staleness by slots.
+
+    slots = prompts_per_step x (1 + max_staleness)
+
+A group holds a slot from the moment it is queued until it has been trained or dropped, and it is queued only into a
+free slot. So at most ``prompts_per_step`` groups were queued under one version, and a step at version V takes every
+group that was queued under V - max_staleness or before, waiting for it if need be, and fills up with those that have
+ended, oldest first. Invariant: no group is trained more than ``max_staleness`` versions after it was queued, and no
+token is older than its group. With 0 the flow is strictly on-policy: a step takes all that it queued.
+
+Generation goes on while the trainer works: what is not taken is being played meanwhile, over swaps too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+from lightning_ray.errors import InfrastructureError
+
+
+@dataclass
+class Group:
+    """Rollouts of one task. ``position`` is the task's in the endless sequence of tasks."""
+
+    position: int
+    version: int
+    """Of the weights that served when it was queued."""
+    group_id: str = field(default_factory=lambda: f"gr-{uuid.uuid4().hex[:12]}")
+    rollout_ids: list[str] = field(default_factory=list)
+
+
+class Player(Protocol):
+    """Queues groups and tells when their rollouts have ended."""
+
+    async def queue(self, groups: Sequence[Group]) -> None:
+        """Queue what the groups lack of rollouts, and note their ids."""
+
+    async def wait(self, rollout_ids: Sequence[str]) -> None:
+        """Return when all have ended. Raises InfrastructureError past the deadline."""
+
+    async def ended(self, rollout_ids: Sequence[str]) -> list[str]:
+        """Those of them that have ended."""
+
+    async def cancel(self, rollout_ids: Sequence[str]) -> None:
+        """Stop those that have not ended."""
+
+
+class GroupFlow:
+    """See the module. ``last`` is the position behind the last task of the run."""
+
+    def __init__(self, player: Player, per_step: int, max_staleness: int, next_position: int, last: int):
+        self._player = player
+        self._per_step = per_step
+        self._max_staleness = max_staleness
+        self._next = next_position
+        self._last = last
+        self._live: dict[str, Group] = {}
+        self._waiting: dict[str, asyncio.Task[None]] = {}
+        self._taken: dict[str, Group] = {}
+
+    @property
+    def slots(self) -> int:
+        """How many groups there may be between queueing and training."""
+        return self._per_step * (1 + self._max_staleness)
+
+    @property
+    def busy(self) -> int:
+        """Slots that are held."""
+        return len(self._live) + len(self._taken)
+
+    async def restore(self, groups: Iterable[Group]) -> None:
+        """Take up groups of before a resume: what they lack is queued anew."""
+        groups = list(groups)
+        await self._player.queue(groups)
+        for group in groups:
+            self._watch(group)
+
+    async def fill(self, version: int) -> None:
+        """Queue groups into all free slots."""
+        count = min(self.slots - self.busy, self._last - self._next)
+        if count <= 0:
+            return
+        groups = [Group(self._next + index, version) for index in range(count)]
+        self._next += count
+        await self._player.queue(groups)
+        for group in groups:
+            self._watch(group)
+
+    async def again(self, positions: Sequence[int], version: int) -> None:
+        """Queue the tasks at these positions once more, into slots that ``release`` gave back."""
+        groups = [Group(position, version) for position in positions]
+        await self._player.queue(groups)
+        for group in groups:
+            self._watch(group)
+
+    async def take(self, count: int, version: int) -> list[Group]:
+        """The groups for a step at ``version``: all that must go now, and up to ``count`` of those that have ended,
+        in order of their positions. They keep their slots until ``release``.
+        """
+        while True:
+            due = [g for g in self._live.values() if g.version <= version - self._max_staleness]
+            ended = [g for g in self._live.values() if self._waiting[g.group_id].done()]
+            for group in ended:
+                self._waiting[group.group_id].result()
+            open_due = [g for g in due if not self._waiting[g.group_id].done()]
+            if not open_due and len(ended) >= min(count, len(self._live)):
+                break
+            pending = [task for task in self._waiting.values() if not task.done()]
+            if not pending:
+                raise InfrastructureError(f"{len(self._live)} groups are live, and nothing is being waited for")
+            await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+        chosen = sorted(ended, key=lambda g: (g.version, g.position))[: max(count, len(due))]
+        for group in chosen:
+            self._taken[group.group_id] = self._live.pop(group.group_id)
+            del self._waiting[group.group_id]
+        return sorted(chosen, key=lambda g: g.position)
+
+    def release(self, group_ids: Iterable[str]) -> None:
+        """These were trained or dropped: their slots are free."""
+        for group_id in group_ids:
+            self._taken.pop(group_id, None)
+
+    async def state(self) -> dict[str, Any]:
+        """What a resume needs: the next position, and the groups on their way with the rollouts that have ended."""
+        live = sorted((*self._taken.values(), *self._live.values()), key=lambda g: g.position)
+        ended = set(await self._player.ended([rollout_id for group in live for rollout_id in group.rollout_ids]))
+        groups = [{**asdict(g), "rollout_ids": [i for i in g.rollout_ids if i in ended]} for g in live]
+        return {"next_position": self._next, "groups": groups}
+
+    async def stop(self) -> None:
+        """Cancel what is on its way."""
+        rollouts = [rollout_id for group in self._live.values() for rollout_id in group.rollout_ids]
+        for task in self._waiting.values():
+            task.cancel()
+        await asyncio.gather(*self._waiting.values(), return_exceptions=True)
+        self._live, self._waiting, self._taken = {}, {}, {}
+        if rollouts:
+            await self._player.cancel(rollouts)
+
+    def _watch(self, group: Group) -> None:
+        self._live[group.group_id] = group
+        self._waiting[group.group_id] = asyncio.create_task(self._player.wait(group.rollout_ids))

@@ -1,0 +1,133 @@
+"""The loop of a run that trains weights: fill the slots, take a step's groups, settle, update, swap, prove.
+
+    runners  --play-->  GroupFlow  --take-->  settle  --batch-->  trainer ranks  --swap, proof-->  replicas
+       ^________________ fill (free slots) ______|________________________________________________|
+
+A killed trainer rank costs the steps since the last checkpoint: the ranks are started anew from it, under the next
+version number, while engine and runners stay as they are.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lightning_ray.algorithms.flow import Group, GroupFlow
+from lightning_ray.algorithms.group_player import GroupPlayer
+from lightning_ray.data import Epochs
+from lightning_ray.errors import TrainersLostError
+from lightning_ray.trajectories.account import Account, batch_of, settle
+from lightning_ray.trajectories.episode import Episode
+
+if TYPE_CHECKING:
+    from lightning_ray.algorithms.grpo import GRPO
+    from lightning_ray.run import Run
+
+RESTARTS_IN_A_ROW = 3
+"""Of the trainer ranks, without a step between them, before the run gives up."""
+
+
+@dataclass
+class Played:
+    """What was played for one step, and what became of it."""
+
+    episodes: list[Episode] = field(default_factory=list)
+    group_of: dict[str, str] = field(default_factory=dict)
+    groups: list[str] = field(default_factory=list)
+    account: Account = field(default_factory=Account)
+
+
+class TrainingLoop:
+    """One run's steps."""
+
+    def __init__(self, settings: GRPO, run: Run):
+        self._settings = settings
+        self._run = run
+        self._flow: GroupFlow
+
+    async def learn(self) -> None:
+        """From the first step that is missing to the last."""
+        run, settings = self._run, self._settings
+        await run.start(settings)
+        await self._take_up()
+        failures = 0
+        try:
+            while run.state.step < settings.steps:
+                try:
+                    await self._step(run.state.step)
+                    failures = 0
+                except TrainersLostError as error:
+                    failures += 1
+                    if failures > RESTARTS_IN_A_ROW:
+                        raise
+                    await self._recover(error)
+        finally:
+            await self._flow.stop()
+        await run.finish()
+
+    async def _take_up(self) -> None:
+        """The groups of the last checkpoint, or of the beginning."""
+        run, settings = self._run, self._settings
+        known = run.state.flow
+        begun = known.get("next_position", run.state.step * settings.prompts_per_step)
+        seed = settings.seed if settings.reproducible else None
+        player = GroupPlayer(run, Epochs(run.train_dataset, settings.seed), settings.group_size, seed)
+        last = settings.steps * settings.prompts_per_step
+        self._flow = GroupFlow(player, settings.prompts_per_step, settings.max_staleness, begun, last)
+        await self._flow.restore(Group(**group) for group in known.get("groups", ()))
+
+    async def _step(self, step: int) -> None:
+        run, settings = self._run, self._settings
+        began = time.perf_counter()
+        await self._flow.fill(run.state.version)
+        played = await self._collect()
+        sampled_seconds = time.perf_counter() - began
+        update: dict[str, Any] = {}
+        if played.account.trained:
+            run.check_tokens(played.account, settings.max_staleness)
+            update = await run.update(batch_of(played.account.trained, played.group_of))
+            await run.publish(run.state.version + 1)
+        self._flow.release(played.groups)
+        run.record_step(step, played.episodes, played.account, update, sampled_seconds, time.perf_counter() - began)
+        if settings.validate_every and (step + 1) % settings.validate_every == 0 and step + 1 < settings.steps:
+            await run.validate()
+        if (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps:
+            run.state.flow = await self._flow.state()
+            await run.checkpoint()
+
+    async def _collect(self) -> Played:
+        """A step's groups, settled. Groups that are to be played again take the slots of those that were dropped."""
+        run, settings = self._run, self._settings
+        played = Played()
+        wanted, tries = settings.prompts_per_step, 0
+        while wanted:
+            groups = await self._flow.take(wanted, run.state.version)
+            part = await self._settle(groups)
+            played.episodes += part.episodes
+            played.group_of |= part.group_of
+            played.groups += part.groups
+            played.account.add(part.account)
+            again = [group for group in groups if group.group_id in set(part.account.resample)]
+            tries += 1
+            if not again or tries > settings.max_resamples:
+                break
+            self._flow.release(group.group_id for group in again)
+            await self._flow.again([group.position for group in again], run.state.version)
+            wanted = len(again)
+        return played
+
+    async def _settle(self, groups: Sequence[Group]) -> Played:
+        run, settings = self._run, self._settings
+        group_of = {rollout_id: group.group_id for group in groups for rollout_id in group.rollout_ids}
+        episodes = await run.read(list(group_of))
+        oldest = run.state.version - settings.max_staleness
+        account = settle(episodes, group_of, settings.batch, oldest)
+        return Played(episodes, group_of, [group.group_id for group in groups], account)
+
+    async def _recover(self, error: TrainersLostError) -> None:
+        """Start the ranks anew from the last checkpoint, and go back to its step."""
+        await self._flow.stop()
+        await self._run.restart_trainers(str(error))
+        await self._take_up()
