@@ -72,15 +72,18 @@ def doctor(given: argparse.Namespace) -> int:
 
 def read_facts(run: Path) -> Facts:
     """What the run's folder tells; a store alone tells nothing."""
+    from lightning_ray.config import build
     from lightning_ray.run_folder import RunFolder
     from lightning_ray.trajectories.doctor import Facts
+    from lightning_ray.trajectories.settings import BatchSettings
 
     config = run / "config.json"
     if not config.is_file():
         return Facts()
     settings = json.loads(config.read_text()).get("algorithm") or {}
     lines = [line for line in RunFolder(run).metrics() if line.get("kind") == "train"]
-    return Facts(lines, settings.get("max_tokens"), settings.get("max_staleness"), settings.get("agent_match"))
+    batch = build(BatchSettings, settings.get("batch") or {}, f"{config}: algorithm.batch")
+    return Facts(lines, batch, settings.get("max_staleness"), settings.get("agent_match"))
 
 
 def load_decode(run: Path) -> Decode | None:

@@ -20,10 +20,12 @@ from lightning_ray.store.shard_folder import ShardLayout, shard_folder, write_la
 from lightning_ray.store.shard_merge import shard_of
 from lightning_ray.trajectories.account import settle
 from lightning_ray.trajectories.advice import ADVICE
-from lightning_ray.trajectories.doctor import TRAINED, Facts, Report, evidence_of, examine
+from lightning_ray.trajectories.doctor import TRAINED, Facts, Report, examine
 from lightning_ray.trajectories.episode import last_attempts, read_episodes
+from lightning_ray.trajectories.evidence import evidence_of
 from lightning_ray.trajectories.join import join_calls
 from lightning_ray.trajectories.prefix import Break, find_breaks
+from lightning_ray.trajectories.settings import BatchSettings
 from lightning_ray.types import EnqueueRolloutRequest, RolloutConfig
 from tests.test_trajectories import call, model_call, span
 
@@ -162,7 +164,7 @@ def test_long_and_stale_trajectories_are_left_out_as_the_settings_say(bench: Ben
         {"step": 0, "rollouts": 0, "rollouts_trained": 0, "weight_version": 4},
         {"step": 1, "rollouts": 3, "rollouts_trained": 2, "dropped.too_long": 1, "weight_version": 5},
     ]
-    report = bench.examine(Facts(steps, max_tokens=6))
+    report = bench.examine(Facts(steps, BatchSettings(max_tokens=6)))
     assert reasons(report) == {"a": TRAINED, "b": TRAINED, "c": "too_long"} and not report.contradictions
     stale = examine(open_folder(bench.folder), Facts(steps, max_staleness=1))
     assert set(reasons(stale).values()) == {"too_stale"}

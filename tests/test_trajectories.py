@@ -18,6 +18,7 @@ from lightning_ray.store.schema import spans_to_batch
 from lightning_ray.trajectories.account import BATCH_SCHEMA, batch_of, settle
 from lightning_ray.trajectories.episode import Episode, last_attempts, read_episodes
 from lightning_ray.trajectories.join import ModelCall, Trajectory, common_prefix, join_calls
+from lightning_ray.trajectories.settings import BatchSettings
 from lightning_ray.types import Attempt, EnqueueRolloutRequest, Rollout, RolloutConfig
 
 
@@ -246,7 +247,7 @@ def episode(
 def dropped(*episodes: Episode, max_tokens: int | None = None) -> dict[str, str]:
     """Reasons, all episodes being of one group with two good ones."""
     everyone = [*episodes, episode("good-0", 0.0), episode("good-1", 1.0)]
-    account = settle(everyone, {e.rollout_id: "gr" for e in everyone}, max_tokens)
+    account = settle(everyone, {e.rollout_id: "gr" for e in everyone}, BatchSettings(max_tokens=max_tokens))
     assert [e.rollout_id for e in account.trained][-2:] == ["good-0", "good-1"]
     assert len(account.trained) + len(account.dropped) == len(everyone)
     return account.dropped

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lightning_ray.semconv import AGL_ANNOTATION
+from lightning_ray.semconv import AGL_ANNOTATION, IMAGE_SPAN, REWARD, SUPERSEDED_SPAN
+from lightning_ray.span import Span
 from lightning_ray.store.schema import read_spans
 from lightning_ray.trajectories.join import ModelCall, Trajectory, join_calls
+from lightning_ray.trajectories.rewards import Emitted, emitted_reward, value_of
 from lightning_ray.trajectories.selection import answered, captured_calls, of_agents
+from lightning_ray.trajectories.steps import Place
 from lightning_ray.types import Attempt, Rollout
+
+_PRIMARY = f"{REWARD}.0.value"
+_NO_PLACE = (IMAGE_SPAN, SUPERSEDED_SPAN)
+"""Spans that tell of others, and are no part of what the agent did."""
 
 
 @dataclass
@@ -29,6 +37,12 @@ class Episode:
     """Of all agents."""
     sampled_tokens: int = 0
     """In the trajectories."""
+    rewards: list[Emitted] = field(default_factory=list)
+    """All that were emitted, in order."""
+    call_ids: list[str] = field(default_factory=list)
+    """Span ids of the calls in the trajectories, by their numbers."""
+    places: list[Place] = field(default_factory=list, repr=False)
+    """Of its spans in the trace."""
 
     @property
     def rollout_id(self) -> str:
@@ -48,13 +62,23 @@ def read_episodes(
     calls = answered(captured_calls(counted))
     for rollout_id, times in Counter(calls["rollout_id"].to_pylist()).items():
         episodes[rollout_id].calls = times
-    for rollout_id, made in calls_of(of_agents(calls, agent_match)).items():
+    chosen = of_agents(calls, agent_match)
+    for rollout_id, made in calls_of(chosen).items():
         episode = episodes[rollout_id]
         episode.trajectories = join_calls(made)
         episode.sampled_tokens = sum(len(call.sampled_ids) for call in made)
+    for rollout_id, span_id in _rows(chosen, "rollout_id", "span_id"):
+        episodes[rollout_id].call_ids.append(span_id)
+    for rollout_id, *place in _rows(counted, "rollout_id", *Place._fields):
+        if place[2] not in _NO_PLACE:
+            episodes[rollout_id].places.append(Place(*place))
     for span in read_spans(counted.filter(pc.equal(counted["name"], AGL_ANNOTATION))):
-        _annotate(episodes[span.rollout_id], span.attributes)
+        _annotate(episodes[span.rollout_id], span)
     return list(episodes.values())
+
+
+def _rows(table: pa.Table, *columns: str) -> Iterable[tuple[Any, ...]]:
+    return zip(*(table[name].to_pylist() for name in columns), strict=True)
 
 
 def last_attempts(attempts: Sequence[Attempt]) -> dict[str, str]:
@@ -73,11 +97,10 @@ def calls_of(table: pa.Table) -> dict[str, list[ModelCall]]:
     return calls
 
 
-def _annotate(episode: Episode, attributes: dict[str, object]) -> None:
-    for key, value in attributes.items():
-        if not isinstance(value, (bool, int, float)):
-            continue
-        if key == "agentlightning.reward.0.value":
-            episode.reward = float(value)
-        else:
+def _annotate(episode: Episode, span: Span) -> None:
+    for key, value in span.attributes.items():
+        if isinstance(value, (bool, int, float)) and key != _PRIMARY:
             episode.annotations.setdefault(key, []).append(float(value))
+    if (emitted := emitted_reward(span.span_id, span.attributes)) is not None:
+        episode.rewards.append(emitted)
+        episode.reward = value_of(emitted, None)

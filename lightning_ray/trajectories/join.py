@@ -1,10 +1,10 @@
 """Model calls -> trajectories: consecutive calls join where one's prompt extends the tokens before it exactly.
 
-Invariant: a trajectory's tokens are exactly the last call's prompt and sampled ids, and those of each earlier call are a
-prefix of them; ``mask`` is 1 on the ids that its calls sampled and on nothing else. Nothing is ever decoded and encoded
-again: a call whose prompt does not extend what was seen starts a trajectory of its own. So of calls that branch off in
-the midst of a trajectory each has its own, where all that came before is context: over all trajectories every sampled
-token has mask 1 exactly once.
+Invariant: a trajectory's tokens are exactly the last call's prompt and sampled ids, and those of each earlier call are
+a prefix of them; ``mask`` is 1 on the ids that its calls sampled and on nothing else. Nothing is ever decoded and
+encoded again: a call whose prompt does not extend what was seen starts a trajectory of its own. So of calls that branch
+off in the midst of a trajectory each has its own, where all that came before is context: over all trajectories every
+sampled token has mask 1 exactly once.
 """
 
 from __future__ import annotations
