@@ -4,149 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+import tracemalloc
 from typing import Any
 
 import pytest
 
-from lightning_ray.capture import edge as edge_module
-from lightning_ray.capture.call import SampledSequence, current_request
-from lightning_ray.capture.edge import CaptureEdge
-from lightning_ray.capture.keys import Claims, issue_key
+from lightning_ray.capture.call import current_request
+from lightning_ray.capture.edge import Limits
 from lightning_ray.errors import InfrastructureError, StoreError
-from lightning_ray.store.schema import spans_to_batch
+from tests.capture_client import CHAT, Client, bearer, operator, respond, sampling
 
-SECRET = b"s" * 32
-CHAT = "/v1/chat/completions"
-
-
-@asynccontextmanager
-async def sampling(prompt: list[int], sampled: list[int]) -> AsyncIterator[None]:
-    """One call of the engine, as the engine half tells it to the edge."""
-    request = current_request.get()
-    assert request is not None
-    name = str(len(request.sequences))
-
-    def take_over() -> None:
-        if request.running.pop(name, None) is not None:
-            count = len(sampled)
-            request.sequences.append(SampledSequence(prompt, list(sampled), [-0.5] * count, [3] * count, "stop"))
-
-    request.running[name] = take_over
-    try:
-        yield
-    finally:
-        take_over()
-
-
-async def respond(send: Any, body: bytes, more: bool = False) -> None:
-    await send({"type": "http.response.start", "status": 200, "headers": []})
-    await send({"type": "http.response.body", "body": body, "more_body": more})
-
-
-class App:
-    """Answers a chat with the body it got; the prompt is the body's ``ids``."""
-
-    def __init__(self) -> None:
-        self.scopes: list[dict[str, Any]] = []
-        self.bodies: list[bytes] = []
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        self.scopes.append(scope)
-        if scope["type"] != "http" or scope["path"] in ("/health", "/v1/models"):
-            await send({"type": "http.response.start", "status": 200, "headers": []})
-            await send({"type": "http.response.body", "body": b"open"})
-            return
-        message = await receive()
-        self.bodies.append(message["body"])
-        body = json.loads(message["body"])
-        ids = body.get("ids", [1])
-        if not body.get("stream"):
-            async with sampling(ids, [7, 8]):
-                await asyncio.sleep(body.get("delay", 0))
-            await respond(send, json.dumps({"ids": ids}).encode())
-            return
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        sampled: list[int] = []
-        async with sampling(ids, sampled):
-            for token in (7, 8):
-                sampled.append(token)
-                await send({"type": "http.response.body", "body": f"{token} ".encode(), "more_body": True})
-                await asyncio.sleep(body.get("delay", 0))
-        await send({"type": "http.response.body", "body": b"[DONE]", "more_body": False})
-
-
-class Client:
-    """Calls the edge and keeps what it got, and in which order with the appends."""
-
-    def __init__(self, app: Any = None) -> None:
-        self.app = app or App()
-        self.events: list[Any] = []
-        self.rows: list[dict[str, Any]] = []
-        self.not_ready: str | None = None
-        self.failure: Exception | None = None
-        self.edge = CaptureEdge(self.app, SECRET, self.append, self.ready)
-
-    async def append(self, rows: list[dict[str, Any]]) -> None:
-        await asyncio.sleep(0)
-        if self.failure is not None:
-            raise self.failure
-        spans_to_batch(rows)
-        self.rows += rows
-        self.events.append("stored")
-
-    async def ready(self) -> str | None:
-        return self.not_ready
-
-    async def call(
-        self,
-        path: str = f"/rollout/ro-1/attempt/at-1{CHAT}",
-        body: bytes | dict[str, Any] = b'{"ids": [1, 2]}',
-        headers: list[tuple[bytes, bytes]] | None = None,
-        chunk: int | None = None,
-        send: Callable[[Any], Any] | None = None,
-    ) -> tuple[int, bytes]:
-        raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-        size = chunk or max(1, len(raw))
-        parts = [raw[at : at + size] for at in range(0, len(raw), size)] or [b""]
-        status, answer = 0, b""
-
-        async def receive() -> dict[str, Any]:
-            if parts:
-                return {"type": "http.request", "body": parts.pop(0), "more_body": bool(parts)}
-            await asyncio.Event().wait()
-            raise AssertionError
-
-        async def collect(message: Any) -> None:
-            nonlocal status, answer
-            if send is not None:
-                await send(message)
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            else:
-                answer += message.get("body", b"")
-                self.events.append(message.get("body", b""))
-
-        scope = {
-            "type": "http",
-            "method": "POST",
-            "path": path,
-            "raw_path": path.encode(),
-            "root_path": "",
-            "query_string": b"beta=true",
-            "headers": bearer("ro-1", "at-1") if headers is None else headers,
-        }
-        await self.edge(scope, receive, collect)
-        return status, answer
-
-
-def bearer(
-    rollout_id: str, attempt_id: str, expires: float | None = None, **sampling: Any
-) -> list[tuple[bytes, bytes]]:
-    claims = Claims(rollout_id, attempt_id, expires or time.time() + 60, sampling)
-    return [(b"authorization", b"Bearer " + issue_key(SECRET, claims).encode())]
+AT = "/rollout/ro-1/attempt/at-1"
 
 
 @pytest.fixture
@@ -189,8 +57,10 @@ async def test_anthropics_header_opens_too(client: Client) -> None:
 @pytest.mark.parametrize(
     ("path", "headers", "status", "reason"),
     [
-        ("/v1/chat/completions", None, 404, "use /rollout/ID/attempt/ID/v1/"),
-        ("/rollout/ro-1/attempt/at-1/metrics", None, 404, "no route"),
+        ("/metrics", None, 404, "/metrics is not captured; use one of /v1/chat/completions"),
+        ("/v1/realtime", None, 404, "not captured"),
+        ("/rollout/ro-1/attempt/at-1", None, 404, "not captured"),
+        ("/rollout/ro-1/attempt/at-1/metrics", None, 404, "not captured"),
         ("/rollout/ro-1/attempt/at-1/v1/chat/completions/", None, 404, "not captured"),
         ("/rollout/ro-1/attempt/at-1/v1/chat/completions/batch", None, 404, "not captured"),
         ("/rollout/ro-1/attempt/at-1/v1/load_lora_adapter", None, 404, "not captured"),
@@ -200,6 +70,11 @@ async def test_anthropics_header_opens_too(client: Client) -> None:
         (f"/rollout/ro-2/attempt/at-1{CHAT}", None, 401, "belongs to attempt at-1"),
         ("/rollout/ro-1/attempt/at-2/v1/models", None, 401, "belongs to attempt at-1, not at-2"),
         (f"/rollout/ro-1/attempt/at-1{CHAT}", bearer("ro-1", "at-1", 1.0), 401, "expired"),
+        (f"/rollout/ro-1/attempt/at-1{CHAT}", operator(), 401, "the operator's key opens no attempt"),
+        (CHAT, operator(), 401, "the operator's key opens no attempt"),
+        ("/v1/models", [], 401, "no key"),
+        ("/status", [], 401, "no key"),
+        ("/status", None, 401, "the status is for the operator's"),
     ],
 )
 async def test_what_is_not_open_is_refused_with_the_reason(
@@ -210,19 +85,107 @@ async def test_what_is_not_open_is_refused_with_the_reason(
     assert not client.app.scopes and not client.rows
 
 
+DEEP = b"[" * 100_000
+
+
 @pytest.mark.parametrize(
-    ("body", "reason"), [(b"{nope", "not JSON"), (b"[1]", "not list"), (b"\xff", "not JSON"), (b"", "JSON")]
+    ("body", "reason"),
+    [
+        (b"{nope", "not JSON"),
+        (b"[1]", "not list"),
+        (b"\xff", "not JSON"),
+        (b'{"a": "\xff"}', "not JSON"),
+        (b"", "JSON"),
+        (b"NaN", "not float"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "JSON"),
+        (b'{"a": ' + DEEP, "nested too deeply"),
+        (b'{"a": ' + b'{"a": ' * 100_000, "nested too deeply"),
+        (b'{"base64": ' + b"[" * 900 + b"]" * 900 + b"}", "nested too deeply"),
+    ],
 )
-async def test_a_body_that_is_no_object_is_refused(client: Client, body: bytes, reason: str) -> None:
+async def test_a_body_that_cannot_be_read_is_refused(client: Client, body: bytes, reason: str) -> None:
     status, answer = await client.call(body=body)
     assert status == 400 and reason in json.loads(answer)["error"]["message"] and not client.app.scopes
 
 
-async def test_a_body_that_is_too_large_is_refused(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(edge_module, "MAX_BODY_BYTES", 20)
+@pytest.mark.parametrize("value", [b'"\\ud800"', b"1" * 40])
+async def test_a_body_that_cannot_be_stored_is_the_callers_fault(client: Client, value: bytes) -> None:
+    status, answer = await client.call(body=b'{"ids": [1], "odd": ' + value + b"}")
+    assert status == 400 and "could not be stored" in json.loads(answer)["error"]["message"]
+    assert (await client.call())[0] == 200
+
+
+async def test_odd_but_legal_json_is_kept_as_the_app_reads_it(client: Client) -> None:
+    raw = b'{"ids": [9], "ids": [1], "x": NaN, "y": -Infinity, "\\u0000": null}'
+    assert await client.call(body=raw) == (200, b'{"ids": [1]}')
+    [row] = client.rows
+    request = row["attributes"]["request"]
+    assert request["ids"] == [1] and request["x"] != request["x"] and request["y"] == float("-inf")
+    assert client.app.bodies == [raw]
+
+
+async def test_a_body_that_is_too_large_is_refused() -> None:
+    client = Client(limits=Limits(body_bytes=20))
     assert (await client.call(body=b'{"ids": [1, 2, 3]}  ', chunk=3))[0] == 200
     status, answer = await client.call(body=b'{"ids": [1, 2, 3]}   ', chunk=3)
     assert status == 413 and b"larger than 20 bytes" in answer and len(client.app.scopes) == 1
+
+
+async def test_errors_have_the_shape_that_the_client_reads(client: Client) -> None:
+    cases: list[tuple[bytes, list[tuple[bytes, bytes]] | None, int, str]] = [
+        (b"{", None, 400, "invalid_request_error"),
+        (b"{}", [], 401, "authentication_error"),
+    ]
+    for body, headers, status, kind in cases:
+        found, answer = await client.call(f"{AT}/v1/messages", body, headers)
+        error = json.loads(answer)
+        assert (found, error["type"], error["error"]["type"]) == (status, "error", kind)
+        found, answer = await client.call(f"{AT}{CHAT}", body, headers)
+        error = json.loads(answer)["error"]
+        assert (found, error["type"], error["code"], error["param"]) == (status, kind, status, None)
+        assert client.headers["content-type"] == "application/json"
+
+
+async def test_the_key_alone_opens_its_attempt(client: Client) -> None:
+    for path in (CHAT, f"/agent/planner{CHAT}", f"{AT}/agent/planner{CHAT}"):
+        assert (await client.call(path))[0] == 200
+    assert {(row["rollout_id"], row["attempt_id"]) for row in client.rows} == {("ro-1", "at-1")}
+    assert [row["agent"] for row in client.rows] == [None, "planner", "planner"]
+    assert {scope["path"] for scope in client.app.scopes} == {CHAT}
+
+
+async def test_an_agent_may_have_any_name(client: Client) -> None:
+    """The server has decoded ``path``, and left ``raw_path`` as it was sent."""
+    await client.call(f"/agent/a/b {CHAT}", raw_path=b"/agent/a%2Fb%20" + CHAT.encode())
+    await client.call(f"/agent/50%20off{CHAT}", raw_path=b"/agent/50%2520off" + CHAT.encode())
+    await client.call(f"/agent/über{CHAT}", raw_path=b"/to/other/agent/%C3%BCber" + CHAT.encode())
+    assert [row["agent"] for row in client.rows] == ["a/b ", "50%20off", "über"]
+
+
+async def test_what_a_server_mounts_it_under_is_taken_off() -> None:
+    client = Client()
+    mounted = client.edge.app
+    outer = client.edge
+
+    async def under(scope: Any, receive: Any, send: Any) -> None:
+        await outer({**scope, "root_path": "/policy"}, receive, send)
+
+    client.edge = under  # type: ignore[assignment]
+    assert (await client.call(f"/policy{AT}{CHAT}"))[0] == 200
+    assert mounted.scopes[0]["path"] == CHAT and mounted.scopes[0]["root_path"] == ""
+
+
+async def test_the_status_is_the_operators(client: Client) -> None:
+    assert await client.call("/status", headers=operator()) == (200, b'{"version": 9}')
+    assert (await client.call(f"{AT}/status", headers=operator()))[0] == 404
+    assert not client.app.scopes
+
+
+async def test_an_answer_tells_its_weight_version(client: Client) -> None:
+    await client.call()
+    assert client.headers["x-lightning-weight-version"] == "3"
+    await client.call(body={"stream": True})
+    assert client.headers["x-lightning-weight-version"] == "9"
 
 
 async def test_a_replica_that_is_not_ready_says_why_and_its_health_stays_open(client: Client) -> None:
@@ -233,7 +196,8 @@ async def test_a_replica_that_is_not_ready_says_why_and_its_health_stays_open(cl
 
 
 async def test_the_models_are_listed_without_a_span(client: Client) -> None:
-    assert await client.call("/rollout/ro-1/attempt/at-1/v1/models") == (200, b"open")
+    for path in ("/v1/models", f"{AT}/v1/models"):
+        assert await client.call(path) == (200, b"open")
     assert not client.rows
 
 
@@ -279,6 +243,64 @@ async def test_a_request_that_samples_twice_leaves_both_calls(client: Client) ->
     assert len({row["span_id"] for row in twice.rows}) == 2 and len({row["trace_id"] for row in twice.rows}) == 1
 
 
+async def test_the_span_is_on_its_way_while_the_app_builds_its_answer(client: Client) -> None:
+    task = asyncio.create_task(client.call(body={"building": 30}))
+    while not client.rows:
+        await asyncio.sleep(0)
+    assert client.events == ["stored"] and not task.done()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert len(client.rows) == 1
+
+
+async def test_no_byte_after_the_end_of_sampling_goes_out_before_it_is_durable() -> None:
+    client = Client()
+    durable = asyncio.Event()
+
+    async def append(rows: list[dict[str, Any]]) -> None:
+        await durable.wait()
+        client.events.append("stored")
+
+    client.edge.append = append
+    for body, before in (({}, []), ({"stream": True}, [b"7 ", b"8 "])):
+        client.events.clear()
+        durable.clear()
+        task = asyncio.create_task(client.call(body=body))
+        await asyncio.sleep(0.01)
+        assert client.events == before and not task.done()
+        durable.set()
+        await task
+        assert client.events[len(before)] == "stored" and len(client.events) == len(before) + 2
+
+
+async def test_a_client_that_hangs_up_while_it_sends_its_request_leaves_nothing() -> None:
+    client = Client()
+
+    parts = [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}]
+
+    async def receive() -> Any:
+        return parts.pop(0)
+
+    async def send(message: Any) -> None:
+        raise AssertionError("there is nobody to answer")
+
+    scope = {"type": "http", "method": "POST", "path": f"{AT}{CHAT}", "headers": bearer("ro-1", "at-1")}
+    await client.edge(scope, receive, send)
+    assert not parts and not client.app.scopes and not client.rows
+
+
+async def test_a_client_that_hangs_up_before_the_first_token_leaves_nothing_sampled() -> None:
+    client = Client()
+    task = asyncio.create_task(client.call(body={"ids": [1], "delay": 30}))
+    while not client.app.scopes:
+        await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert [row["status"] for row in client.rows] == ["ERROR"]
+
+
 async def test_a_client_that_hangs_up_leaves_what_was_sampled() -> None:
     client = Client()
     task = asyncio.create_task(client.call(body={"ids": [1], "stream": True, "delay": 30}))
@@ -288,7 +310,83 @@ async def test_a_client_that_hangs_up_leaves_what_was_sampled() -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     [row] = client.rows
-    assert row["sampled_ids"] == [7]
+    assert (row["sampled_ids"], row["status"]) == ([7], "ERROR")
+
+
+async def test_a_client_that_hangs_up_after_the_last_token_leaves_the_whole_call() -> None:
+    client = Client()
+
+    async def gone(message: Any) -> None:
+        raise ConnectionResetError("gone")
+
+    with pytest.raises(ConnectionResetError):
+        await client.call(send=gone)
+    [row] = client.rows
+    assert (row["sampled_ids"], row["status"]) == ([7, 8], "OK")
+
+
+async def test_the_app_hears_of_a_hang_up() -> None:
+    heard = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        first, second = await receive(), await receive()
+        heard.append((first["body"], first["more_body"], second["type"]))
+
+    hang_up = asyncio.Event()
+    hang_up.set()
+    await Client(app).call(body=b'{"a": 1}', hang_up=hang_up, chunk=2)
+    assert heard == [(b'{"a": 1}', False, "http.disconnect")]
+
+
+async def test_a_reader_that_stops_holds_the_app_up_and_its_call_is_stored_when_it_goes() -> None:
+    """Nothing piles up: the app is held at the message that does not go out."""
+    sent = 0
+    stopped = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        nonlocal sent
+        sampled: list[int] = []
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        async with sampling([1], sampled):
+            for token in range(1000):
+                sampled.append(token)
+                await send({"type": "http.response.body", "body": b"x" * 100_000, "more_body": True})
+                sent += 1
+
+    async def slow(message: Any) -> None:
+        if sent == 5:
+            stopped.set()
+            await asyncio.Event().wait()
+
+    client = Client(app)
+    tracemalloc.start()
+    task = asyncio.create_task(client.call(send=slow))
+    await stopped.wait()
+    await asyncio.sleep(0.01)
+    assert sent == 5 and tracemalloc.get_traced_memory()[0] < 3_000_000
+    tracemalloc.stop()
+    assert not client.rows
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert [row["sampled_ids"] for row in client.rows] == [[0, 1, 2, 3, 4, 5]]
+
+
+async def test_a_reader_that_stops_at_the_end_finds_its_call_stored() -> None:
+    client = Client()
+
+    async def slow(message: Any) -> None:
+        if message.get("body") == b"[DONE]":
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(client.call(body={"stream": True}, send=slow))
+    while "stored" not in client.events:
+        await asyncio.sleep(0)
+    assert client.events[:3] == [b"7 ", b"8 ", "stored"]
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert len(client.rows) == 1
 
 
 async def test_a_call_that_the_app_left_open_is_stored_too() -> None:
@@ -308,24 +406,26 @@ async def test_a_call_that_the_app_left_open_is_stored_too() -> None:
     await left[0].__aexit__(None, None, None)
 
 
-async def test_an_append_that_is_interrupted_is_made_good() -> None:
+async def test_an_append_that_is_interrupted_is_awaited_and_not_sent_twice() -> None:
     client = Client()
     seen: list[list[dict[str, Any]]] = []
-    begun = asyncio.Event()
+    begun, durable = asyncio.Event(), asyncio.Event()
 
     async def append(rows: list[dict[str, Any]]) -> None:
         seen.append(list(rows))
         begun.set()
-        if len(seen) == 1:
-            await asyncio.sleep(30)
+        await durable.wait()
 
     client.edge.append = append
     task = asyncio.create_task(client.call())
     await begun.wait()
     task.cancel()
+    await asyncio.sleep(0.01)
+    assert not task.done()
+    durable.set()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert len(seen) == 2 and [row["span_id"] for row in seen[0]] == [row["span_id"] for row in seen[1]]
+    assert len(seen) == 1 and len(seen[0]) == 1
 
 
 @pytest.mark.parametrize(
@@ -361,26 +461,52 @@ async def test_the_keys_sampling_parameters_reach_the_engine_half() -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         request = current_request.get()
         assert request is not None
-        found.append(request.sampling)
+        found.append(request.caller.sampling)
         await respond(send, b"")
 
     await Client(app).call(headers=bearer("ro-1", "at-1", temperature=0.0))
     assert found == [{"temperature": 0.0}]
 
 
-async def test_requests_at_the_same_time_never_mix(client: Client) -> None:
+async def test_an_attempt_has_so_many_calls_at_once_and_no_more() -> None:
+    client = Client(limits=Limits(calls_per_attempt=3))
+    running = [asyncio.create_task(client.call(body={"delay": 30})) for _ in range(3)]
+    while len(client.app.scopes) < 3:
+        await asyncio.sleep(0)
+    status, answer = await client.call(f"{AT}/v1/messages")
+    assert status == 429 and client.headers["retry-after"] == "1"
+    assert json.loads(answer)["error"] == {
+        "type": "rate_limit_error",
+        "message": "attempt at-1 has 3 calls at once already; wait",
+    }
+    assert (await client.call(CHAT, headers=bearer("ro-1", "at-2")))[0] == 200
+    assert (await client.call(f"{AT}/v1/models"))[0] == 200
+    running.pop().cancel()
+    await asyncio.sleep(0.01)
+    assert (await client.call())[0] == 200
+    for task in running:
+        task.cancel()
+    await asyncio.gather(*running, return_exceptions=True)
+    for _ in range(5):
+        assert (await client.call())[0] == 200
+    assert not client.edge._at_once
+
+
+async def test_a_thousand_requests_at_the_same_time_never_mix() -> None:
+    client = Client()
+
     async def one(number: int) -> None:
         rollout_id, attempt_id = f"ro-{number}", f"at-{number}"
         status, _ = await client.call(
-            f"/rollout/{rollout_id}/attempt/{attempt_id}{CHAT}",
+            f"/rollout/{rollout_id}/attempt/{attempt_id}{CHAT}" if number % 3 else CHAT,
             {"ids": [number], "stream": number % 2 == 0, "delay": (number * 7 % 11) / 1000},
             bearer(rollout_id, attempt_id),
         )
         assert status == 200
 
-    await asyncio.gather(*(one(number) for number in range(200)))
-    assert len(client.rows) == 200
+    await asyncio.gather(*(one(number) for number in range(1000)))
+    assert len(client.rows) == 1000
     for row in client.rows:
         assert [f"ro-{i}" for i in row["prompt_ids"]] == [row["rollout_id"]]
         assert row["attempt_id"] == row["rollout_id"].replace("ro", "at")
-    assert len({row["span_id"] for row in client.rows}) == 200
+    assert len({row["span_id"] for row in client.rows}) == 1000

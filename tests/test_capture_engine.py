@@ -14,6 +14,7 @@ pytest.importorskip("vllm.sampling_params")
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from lightning_ray.capture import engine as engine_module
+from lightning_ray.capture.address import Caller
 from lightning_ray.capture.call import CapturedRequest, current_request
 from lightning_ray.capture.engine import CapturedEngine, prepare, versions
 
@@ -126,7 +127,7 @@ def capture(engine: Engine) -> CapturedEngine:
 
 
 def captured(**sampling: Any) -> CapturedRequest:
-    request = CapturedRequest("ro-1", "at-1", "chat", {"model": "policy"}, sampling)
+    request = CapturedRequest(Caller("ro-1", "at-1", None, sampling), "chat", {"model": "policy"})
     current_request.set(request)
     return request
 
@@ -165,7 +166,7 @@ async def test_ids_logprobs_and_versions_are_the_engines_whatever_the_kind(
         await settle()
     await call.task
     [sequence] = request.sequences
-    assert request.complete and request.first_token is not None
+    assert request.complete
     assert (sequence.prompt_ids, sequence.sampled_ids) == ([1, 2], [5, 6, 7, 8])
     assert sequence.logprobs == [-5 / 8, -6 / 8, -7 / 8, -1.0]
     assert sequence.weight_versions == [4] * 4 and sequence.finish_reason == "stop"
