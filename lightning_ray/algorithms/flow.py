@@ -3,10 +3,10 @@
     slots = prompts_per_step x (1 + max_staleness)
 
 A group holds a slot from the moment it is queued until it has been trained or dropped, and it is queued only into a
-free slot. So at most ``prompts_per_step`` groups were queued under one version, and a step at version V takes every
-group that was queued under V - max_staleness or before, waiting for it if need be, and fills up with those that have
-ended, oldest first. Invariant: no group is trained more than ``max_staleness`` versions after it was queued, and no
-token is older than its group. With 0 the flow is strictly on-policy: a step takes all that it queued.
+free slot. A group queued under version v must be trained at v + max_staleness at the latest; a step takes those that
+have ended, oldest first, as soon as what is left can all be trained in time, and waits for those without which it
+could not. Invariant: no group is trained more than ``max_staleness`` versions after it was queued, and no token is
+older than its group. With 0 the flow is strictly on-policy: a step takes all that it queued.
 
 Generation goes on while the trainer works: what is not taken is being played meanwhile, over swaps too.
 """
@@ -18,8 +18,6 @@ import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
-
-from lightning_ray.errors import InfrastructureError
 
 
 @dataclass
@@ -98,26 +96,31 @@ class GroupFlow:
             self._watch(group)
 
     async def take(self, count: int, version: int) -> list[Group]:
-        """The groups for a step at ``version``: all that must go now, and up to ``count`` of those that have ended,
-        in order of their positions. They keep their slots until ``release``.
+        """``count`` groups for a step at ``version`` (fewer at the end of the run), in order of their positions. They
+        keep their slots until ``release``.
         """
         while True:
-            due = [g for g in self._live.values() if g.version <= version - self._max_staleness]
-            ended = [g for g in self._live.values() if self._waiting[g.group_id].done()]
+            ended = [group for group in self._live.values() if self._waiting[group.group_id].done()]
             for group in ended:
                 self._waiting[group.group_id].result()
-            open_due = [g for g in due if not self._waiting[g.group_id].done()]
-            if not open_due and len(ended) >= min(count, len(self._live)):
+            if len(ended) >= min(count, len(self._live)) and self._rest_is_in_time(ended, version):
                 break
             pending = [task for task in self._waiting.values() if not task.done()]
-            if not pending:
-                raise InfrastructureError(f"{len(self._live)} groups are live, and nothing is being waited for")
             await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-        chosen = sorted(ended, key=lambda g: (g.version, g.position))[: max(count, len(due))]
+        chosen = sorted(ended, key=lambda group: (group.version, group.position))[:count]
         for group in chosen:
             self._taken[group.group_id] = self._live.pop(group.group_id)
             del self._waiting[group.group_id]
         return sorted(chosen, key=lambda g: g.position)
+
+    def _rest_is_in_time(self, ended: Sequence[Group], version: int) -> bool:
+        """Whether the steps from here on can train every group in its time, if this one takes the oldest that ended."""
+        for deadline in {group.version + self._max_staleness for group in self._live.values()}:
+            live = sum(group.version + self._max_staleness <= deadline for group in self._live.values())
+            here = sum(group.version + self._max_staleness <= deadline for group in ended)
+            if live - self._per_step * (deadline - version) > here:
+                return False
+        return True
 
     def release(self, group_ids: Iterable[str]) -> None:
         """These were trained or dropped: their slots are free."""
