@@ -108,9 +108,9 @@ class CapturedEngine:
             return prompt, 0
         given = prompt["prompt_token_ids"]
         ids = await self.conversations.restored(request.attempt, given)
-        if ids is given:
-            return prompt, 0
         limit = self.engine.model_config.max_model_len
+        if ids is given or len(ids) >= limit:
+            return prompt, 0
         if params.max_tokens is not None:
             params.max_tokens = max(1, min(params.max_tokens, limit - len(ids)))
         return {**prompt, "prompt_token_ids": ids}, changed_until(given, ids)
