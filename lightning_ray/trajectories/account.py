@@ -53,9 +53,9 @@ class Account:
     """rollout id -> what shaping took off the reward, below 0"""
 
     def add(self, other: Account) -> None:
-        """Take over another account, of other rollouts of the same step; what is to be resampled is the other's."""
+        """Take over another account, of other rollouts of the same step."""
         self.trained += other.trained
-        self.resample = other.resample
+        self.resample += other.resample
         for name in ("dropped", "details", "rows_dropped", "rows_truncated", "penalties"):
             getattr(self, name).update(getattr(other, name))
 

@@ -32,7 +32,7 @@ class GroupPolicy(Settings):
 
 
 class OverlongPenalty(Settings):
-    """DAPO's soft punishment of long responses (``shaping``), by the tokens of a rollout's longest row after its prompt."""
+    """DAPO's soft punishment of long responses (``shaping``): of a rollout's longest row, what follows its prompt."""
 
     model_config = ConfigDict(frozen=True)
 
