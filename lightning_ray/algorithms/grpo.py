@@ -9,15 +9,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lightning_ray.algorithms.base import AlgorithmSettings
-from lightning_ray.config import EngineSettings
+from lightning_ray.algorithms.presets import PresetName, with_preset
+from lightning_ray.config import EngineSettings, build
 from lightning_ray.errors import ConfigError
 from lightning_ray.policy.model_folder import check_model_folder
-from lightning_ray.policy.settings import UpdateSettings
+from lightning_ray.policy.settings import LearningSettings, UpdateSettings
 from lightning_ray.trajectories.settings import BatchSettings
 
 if TYPE_CHECKING:
@@ -42,8 +43,11 @@ def check_expression(name: str, value: str) -> None:
         raise ConfigError(f"{name}={value!r} is no regular expression: {error}") from None
 
 
-class GRPO(AlgorithmSettings):
+class GRPO(AlgorithmSettings, LearningSettings):
     """Settings of a GRPO run. One step plays ``prompts_per_step`` tasks ``group_size`` times each."""
+
+    preset: PresetName | None = None
+    """Defaults of a paper (``algorithms.presets``) for what is not given."""
 
     model: str | Path | Callable[[Path], None]
     """Folder with a Hugging Face model, or a function that makes one in the folder it is given."""
@@ -59,13 +63,6 @@ class GRPO(AlgorithmSettings):
     store_shards: int = Field(default=1, ge=1)
     """Processes that hold the rollouts and spans, on the nodes in turn; a run's folder keeps its number."""
     learning_rate: float = Field(default=1e-6, gt=0)
-    warmup_steps: int = Field(default=5, ge=0)
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = Field(default=0.0, ge=0)
-    gradient_clip: float = Field(default=1.0, gt=0)
-    clip_low: float = Field(default=0.2, gt=0)
-    clip_high: float = Field(default=0.28, gt=0)
-    minibatch_rollouts: int = Field(default=64, ge=1)
     batch: BatchSettings = BatchSettings()
     """How rollouts become rows: level, limits, rewards, groups."""
     validate_every: int = Field(default=10, ge=0)
@@ -80,25 +77,22 @@ class GRPO(AlgorithmSettings):
     """How often in a step groups are played again that ``batch`` says to resample."""
     reproducible: bool = False
     """Every rollout samples with a seed of its own, so that the same weights give the same rollouts; a bit slower."""
-    seed: int = 0
     engine: EngineSettings = EngineSettings()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_preset(cls, given: Any) -> Any:
+        return with_preset(given, cls.model_fields) if isinstance(given, dict) else given
+
     def update_settings(self, model: Path) -> UpdateSettings:
-        """What the trainer ranks need of these settings."""
-        return UpdateSettings(
-            model_path=str(model),
-            device=self.engine.device,
-            dtype=self.engine.chosen_dtype,
-            learning_rate=self.learning_rate,
-            betas=self.betas,
-            weight_decay=self.weight_decay,
-            warmup_steps=self.warmup_steps,
-            gradient_clip=self.gradient_clip,
-            clip_low=self.clip_low,
-            clip_high=self.clip_high,
-            minibatch_rollouts=self.minibatch_rollouts,
-            seed=self.seed,
-        )
+        """What the trainer ranks need of these settings. Raises ConfigError if it does not fit together."""
+        values = {name: getattr(self, name) for name in LearningSettings.model_fields}
+        values |= {"model_path": str(model), "device": self.engine.device, "dtype": self.engine.chosen_dtype}
+        values["credit"] = "step" if self.batch.credit == "step" else "outcome"
+        if self.schedule_steps is None:
+            minibatches = -(-self.prompts_per_step * self.group_size // self.minibatch_rollouts)
+            values["schedule_steps"] = max(self.steps * self.epochs * minibatches, 1)
+        return build(UpdateSettings, values, "algorithm")
 
     def check(self, run: Run) -> None:
         """The model, a task, the engine's port and the memory must be there."""
@@ -106,6 +100,7 @@ class GRPO(AlgorithmSettings):
 
         if isinstance(self.model, (str, Path)):
             check_model_folder(str(self.model))
+        self.update_settings(Path("model"))
         if not len(run.train_dataset):
             raise ConfigError("train_dataset is empty (length 0); give at least one task")
         if self.agent_match is not None:

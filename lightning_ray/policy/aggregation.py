@@ -2,11 +2,11 @@
 
 With N trained tokens, R rollouts and S rows in the minibatch, n_r tokens in rollout r, n_s in row s, and a horizon H:
 
-    token-mean               1 / N             DAPO (Yu et al., 2025), equation 8
+    token-mean               1 / N             DAPO (Yu et al., 2025), section 3.3
     token-sum                1
     rollout-mean             1 / (R n_r)       GRPO (Shao et al., 2024), equation 3, an output being a whole rollout
     rollout-sum              1 / R             REINFORCE of whole rollouts
-    rollout-sum-norm         1 / (R H)         Dr. GRPO (Liu et al., 2025), listing 1
+    rollout-sum-norm         1 / (R H)         Dr. GRPO (Liu et al., 2025)
     seq-mean-token-mean      1 / (S n_s)
     seq-mean-token-sum       1 / S
     seq-mean-token-sum-norm  1 / (S H)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from verl.trainer.ppo.core_algos import kl_penalty
 
 from lightning_ray.policy.batch import Batch
 from lightning_ray.policy.credit import step_advantages
@@ -17,6 +16,7 @@ from lightning_ray.policy.scoring import Scorer
 from lightning_ray.policy.settings import UpdateSettings
 from lightning_ray.policy.trained_tokens import TrainedTokens, trained_tokens
 from lightning_ray.policy.verl_backend.advantages import needs_group, outcome_advantages
+from lightning_ray.policy.verl_backend.divergence import divergence
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,10 @@ def prepare(settings: UpdateSettings, batch: Batch, scorer: Scorer) -> Prepared:
     if settings.reference.coefficient:
         columns["reference"] = scorer.reference(batch, rows)
     if _penalised(settings):
-        new, reference = (
-            torch.from_numpy(tokens.matrix(scores[tokens.flat])) for scores in (policy, columns["reference"])
-        )
-        divergence = kl_penalty(new, reference, settings.reference.estimator).numpy()
-        penalty = settings.reference.coefficient * divergence
-        figures["reference_kl"] = float((divergence * tokens.mask).sum() / len(tokens.flat))
+        new, old = (torch.from_numpy(tokens.matrix(scores[tokens.flat])) for scores in (policy, columns["reference"]))
+        apart = divergence(new, old, settings.reference.estimator).numpy()
+        penalty = settings.reference.coefficient * apart
+        figures["reference_kl"] = float((apart * tokens.mask).sum() / len(tokens.flat))
     columns["advantages"] = _advantages(settings, batch, rollouts, tokens, penalty)
     return Prepared(rollouts, columns, figures)
 

@@ -11,7 +11,7 @@ def rate_share(settings: OptimizerSettings, step: int) -> float:
     """The rate of optimizer step ``step`` (0 is the first) as a share of ``learning_rate``.
 
     It rises linearly from 0 over ``warmup_steps``, then stays, or falls linearly or as half a cosine (Loshchilov and
-    Hutter, 2017, "SGDR", equation 5 without restarts) to ``end_learning_rate``, and stays there.
+    Hutter, 2017, "SGDR", without restarts) to ``end_learning_rate``, and stays there.
     """
     if step < settings.warmup_steps:
         return step / settings.warmup_steps

@@ -57,8 +57,6 @@ class LearningSettings(OptimizerSettings):
     """How rewards become advantages, over the rollouts of a group. ``reward`` takes the reward itself."""
     advantage_by_std: bool = True
     """Divide by the group's standard deviation (``grpo`` only; Dr. GRPO does not)."""
-    credit: Literal["outcome", "step"] = "outcome"
-    """One reward a rollout, or one each model call (column ``step_rewards``): DeepSeekMath's process supervision."""
     loss: LossName = "vanilla"
     clip_low: float = Field(default=0.2, gt=0)
     clip_high: float = Field(default=0.28, gt=0)
@@ -105,14 +103,6 @@ class LearningSettings(OptimizerSettings):
             )
         return self
 
-    @model_validator(mode="after")
-    def _steps_where_needed(self) -> LearningSettings:
-        if self.credit == "step" and self.advantage != "grpo":
-            raise ValueError(f"credit='step' belongs to advantage='grpo' (got {self.advantage!r})")
-        if self.credit == "step" and self.reference.place == "reward":
-            raise ValueError("credit='step' has no one reward to penalise: set reference.place='loss'")
-        return self
-
 
 class UpdateSettings(LearningSettings):
     """Settings of the policy update; the same on every rank."""
@@ -124,6 +114,8 @@ class UpdateSettings(LearningSettings):
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the forward and backward pass; the optimizer always works on float32 weights."""
+    credit: Literal["outcome", "step"] = "outcome"
+    """One reward a rollout, or one each model call (column ``step_rewards``): DeepSeekMath's process supervision."""
     micro_batch_tokens: int = Field(default=2048, ge=1)
     """Padded tokens to a forward pass; a longer row goes alone. Changes cost and memory, not results: small
     ones stay in a CPU's cache, a GPU wants tens of thousands."""
@@ -135,4 +127,12 @@ class UpdateSettings(LearningSettings):
     def _schedule_ends(self) -> UpdateSettings:
         if self.schedule != "constant" and self.schedule_steps is None:
             raise ValueError(f"schedule={self.schedule!r} needs schedule_steps, the optimizer steps until its end")
+        return self
+
+    @model_validator(mode="after")
+    def _steps_where_needed(self) -> UpdateSettings:
+        if self.credit == "step" and self.advantage != "grpo":
+            raise ValueError(f"credit='step' belongs to advantage='grpo' (got {self.advantage!r})")
+        if self.credit == "step" and self.reference.place == "reward":
+            raise ValueError("credit='step' has no one reward to penalise: set reference.place='loss'")
         return self

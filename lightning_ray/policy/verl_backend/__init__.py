@@ -1,8 +1,8 @@
 """The only package that imports verl.
 
 verl reads its platform from the environment once, at its first import: ``choose_platform`` must come before
-any module of this package is imported. Only this much of verl is used: its FSDP2 engine (model, optimizer,
-schedule, checkpoints), and the advantage estimators and losses of ``core_algos``.
+any module of this package is imported. Only this much of verl is used: its FSDP2 engine (model, LoRA, optimizer,
+checkpoints), the advantage estimators, losses and divergences of ``core_algos``, and ``rollout_corr_helper``.
 """
 
 from __future__ import annotations

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from verl.trainer.ppo.core_algos import get_policy_loss_fn, kl_penalty
+from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.workers.config import FSDPActorConfig, PolicyLossConfig
 
 from lightning_ray.policy.settings import UpdateSettings
 from lightning_ray.policy.verl_backend.correction import Correction, correct
+from lightning_ray.policy.verl_backend.divergence import divergence
 
 LossFunction = Callable[..., tuple[torch.Tensor, dict[str, float]]]
 PEAKS = ("ratio_max",)
@@ -42,9 +43,9 @@ def minibatch_loss(settings: UpdateSettings, ranks: int) -> LossFunction:
         value, clipped = policy_loss(data["old_logprobs"], logprobs, data["advantages"], mask, factor)
         figures["clipped"] = clipped
         if settings.reference.coefficient and settings.reference.place == "loss":
-            divergence = kl_penalty(logprobs, data["reference"], settings.reference.estimator)
-            value = value + settings.reference.coefficient * (divergence * weight).sum()
-            figures["reference_kl"] = float((divergence.detach() * mask).sum())
+            apart = divergence(logprobs, data["reference"], settings.reference.estimator)
+            value = value + settings.reference.coefficient * (apart * weight).sum()
+            figures["reference_kl"] = float((apart.detach() * mask).sum())
         if settings.entropy_bonus:
             value = value - settings.entropy_bonus * (model_output["entropy"] * weight).sum()
         return value * ranks, figures
