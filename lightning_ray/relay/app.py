@@ -59,7 +59,9 @@ class RelayApp:
             known = ", ".join(f"/to/{name}" for name in self._edges)
             await refuse(send, None, 404, f"{given} is no route of the relay; there are {known}")
         else:
-            await self._edges[to["name"]]({**scope, "path": to["path"], "root_path": ""}, receive, send)
+            raw = _TO.match(scope.get("raw_path", b"").decode("latin-1").removeprefix(scope.get("root_path", "")))
+            below = {"path": to["path"], "raw_path": raw["path"].encode() if raw else b"", "root_path": ""}
+            await self._edges[to["name"]]({**scope, **below}, receive, send)
 
     async def status(self) -> dict[str, Any]:
         """How busy each upstream is, and the sums of its calls."""

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import httpx
+from aiohttp import ClientError, ClientResponse
 
 from lightning_ray.capture.call import CapturedRequest, current_request
 from lightning_ray.capture.dialects import openai_error
@@ -114,35 +114,33 @@ class Forwarder:
         await refuse(send, call.dialect, refused.status, refused.reason, refused.headers)
 
     def _refuse_overspending(self) -> None:
-        most = self.upstream.max_spend
-        if most is not None and self.spend.money >= most:
-            raise Refused(
-                402, f"upstream {self.name!r} has cost {self.spend.money:.4f} of at most {most:g} (max_spend)"
-            )
+        most, spent = self.upstream.max_spend, self.spend.money
+        if most is not None and spent >= most:
+            raise Refused(402, f"upstream {self.name!r} has cost {spent:.4f}, and may cost {most:g} (max_spend)")
 
-    async def _whole(self, call: RelayedCall, response: httpx.Response, send: Send, settle: Callable[[], None]) -> None:
+    async def _whole(self, call: RelayedCall, response: ClientResponse, send: Send, settle: Callable[[], None]) -> None:
         """An answer that is of use only as a whole."""
         try:
-            raw = self._clean(await response.aread())
-        except httpx.HTTPError as error:
+            raw = self._clean(await response.read())
+        except ClientError as error:
             raise self._asking.broken(error) from None
         call.first_byte = time.time()
-        call.reading.whole(raw, response.status_code)
+        call.reading.whole(raw, response.status)
         settle()
         length = (b"content-length", str(len(raw)).encode())
         await send(start(response, [*self._asking.headers_back(response), length]))
         await send({"type": "http.response.body", "body": raw})
 
     async def _stream(
-        self, call: RelayedCall, response: httpx.Response, send: Send, settle: Callable[[], None]
+        self, call: RelayedCall, response: ClientResponse, send: Send, settle: Callable[[], None]
     ) -> None:
         await send(start(response, self._asking.headers_back(response)))
         events, broken = Events(self._clean), None
         try:
-            async for raw in response.aiter_bytes():
+            async for raw in response.content.iter_any():
                 call.first_byte = call.first_byte or time.time()
                 await pass_on(call, events.feed(raw), send, settle)
-        except httpx.HTTPError as error:
+        except ClientError as error:
             broken = self._asking.broken(error)
         rest = self._clean(events.rest)
         if broken is not None and not call.reading.is_whole:
@@ -174,9 +172,9 @@ def error_event(call: RelayedCall, broken: Refused) -> bytes:
     return f"event: error\ndata: {json.dumps(error(broken.status, broken.reason))}\n\n".encode()
 
 
-def start(response: httpx.Response, headers: Headers) -> dict[str, Any]:
+def start(response: ClientResponse, headers: Headers) -> dict[str, Any]:
     """The head of an answer."""
-    return {"type": "http.response.start", "status": response.status_code, "headers": headers}
+    return {"type": "http.response.start", "status": response.status, "headers": headers}
 
 
 def more(body: bytes) -> dict[str, Any]:
