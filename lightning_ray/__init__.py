@@ -39,6 +39,7 @@ from lightning_ray.errors import (
 )
 from lightning_ray.hooks import Hook
 from lightning_ray.parallel import ParallelWorkerBase
+from lightning_ray.relay.settings import Upstream
 from lightning_ray.results import RolloutRawResult
 from lightning_ray.semconv import SpanAttributeNames, SpanNames
 from lightning_ray.span import (
@@ -175,6 +176,7 @@ __all__ = [
     "TracerTraceToTriplet",
     "Trainer",
     "Triplet",
+    "Upstream",
     "Worker",
     "WorkerStatus",
     "algo",

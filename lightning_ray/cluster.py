@@ -28,6 +28,7 @@ from lightning_ray.hooks import Hook
 from lightning_ray.net import free_port
 from lightning_ray.policy.settings import UpdateSettings
 from lightning_ray.policy.swap import PolicySwapper
+from lightning_ray.relay.settings import Upstream
 from lightning_ray.store.base import Store
 from lightning_ray.store.client import StoreClient
 from lightning_ray.store.shards import ShardedStore
@@ -45,6 +46,7 @@ REPLICA_MEMORY = int(0.9 * 2**30)
 """With the engine in its process; in its own, half as much again."""
 RANK_MEMORY = int(0.8 * 2**30)
 STOP_SECONDS = 8.0
+RELAY_SECONDS = 120.0
 LEASE_SECONDS = 30.0
 """How long a runner may be silent (it beats every two seconds) before its rollouts are played elsewhere."""
 
@@ -65,9 +67,11 @@ the first logprobs, for one small function."""
 
 
 class Cluster:
-    """A run's Ray: the span store, the policy deployment, the trainer ranks and the runners."""
+    """A run's Ray: the span store, the policy deployment, the relay, the trainer ranks and the runners."""
 
-    def __init__(self, address: str | None = None, num_cpus: int | None = None):
+    def __init__(
+        self, address: str | None = None, num_cpus: int | None = None, relays: Mapping[str, Upstream] | None = None
+    ):
         self.address = address or os.environ.get("RAY_ADDRESS") or "local"
         self.owned = self.address == "local"
         self._num_cpus = num_cpus or LOGICAL_CPUS
@@ -79,6 +83,8 @@ class Cluster:
         self.store: Store | None = None
         self._store_actors: list[Any] = []
         self._policy: Any = None
+        self._relays = dict(relays or {})
+        self._relay: Any = None
         self.failure: asyncio.Future[None] | None = None
         """Carries why runners die again and again, if they do."""
 
@@ -105,13 +111,16 @@ class Cluster:
             ray.init(self.address, **options)
         self.failure = asyncio.get_running_loop().create_future()
 
-    def _front_door(self) -> dict[str, str]:
-        """What the processes of a Ray of our own need to know before they start; nothing of one that is joined."""
+    def _front_door(self) -> dict[str, str | None]:
+        """What the processes of a Ray of our own need to know before they start, and what agents' processes must not
+        know: the keys of upstreams. Nothing of a Ray that is joined.
+        """
         if self._temp is None:
             return {}
         from deployments.haproxy import haproxy_environment
 
-        return haproxy_environment(self._temp / "haproxy")
+        keys = [upstream.api_key_env for upstream in self._relays.values() if upstream.api_key_env]
+        return {**haproxy_environment(self._temp / "haproxy"), **dict.fromkeys(keys)}
 
     def start_store(self, folder: Path, shards: int = 1) -> Store:
         """The run's span store, of ``shards`` processes, on the cluster's nodes in turn."""
@@ -144,8 +153,7 @@ class Cluster:
         route = "/" if self.owned else f"/{self._name}"
 
         def deploy() -> Any:
-            logging.getLogger("ray.serve").setLevel(logging.ERROR)
-            serve.start(http_options={"host": settings.host, "port": port}, logging_config={"log_level": "ERROR"})
+            start_serve(settings.host, port)
             application = Policy.options(**options).bind(  # type: ignore[attr-defined]
                 str(model), model_name, settings, self.store, self.secret
             )
@@ -156,6 +164,29 @@ class Cluster:
         )
         self._swap_timeout = settings.swap_timeout_seconds
         return ProxyLLM(endpoint=f"{serve_address()}{route.rstrip('/')}/v1", model=model_name)
+
+    async def start_relay(self) -> dict[str, ProxyLLM]:
+        """Serve the relay, beside the policy or alone; returns the endpoints that agents use, by name."""
+        if not self._relays:
+            return {}
+        from ray import serve
+
+        from deployments.relay import bind
+
+        assert self.store is not None
+        application = bind(self._relays, self.store, self.secret)
+        route = "/relay" if self.owned else f"/{self._name}-relay"
+
+        def deploy() -> Any:
+            if self._policy is None:
+                start_serve(EngineSettings().host, free_port(EngineSettings().host))
+            return serve.run(application, name=f"{self._name}-relay", route_prefix=route)
+
+        self._relay = await within(in_thread(deploy), RELAY_SECONDS, "the relay deployment")
+        return {
+            name: ProxyLLM(endpoint=f"{serve_address()}{route}/to/{name}/v1", model=upstream.model or name)
+            for name, upstream in self._relays.items()
+        }
 
     async def replicas(self, method: str, *arguments: Any) -> list[Any]:
         """Call a control method on every live replica of the policy."""
@@ -210,10 +241,11 @@ class Cluster:
         if self.trainers is not None:
             self.trainers.stop()
         await asyncio.gather(*(actor.close.remote() for actor in self._store_actors), return_exceptions=True)
-        if self._policy is not None and not self.owned:
-            from ray import serve
+        from ray import serve
 
-            await in_thread(serve.delete, self._name)
+        for deployed, name in ((self._policy, self._name), (self._relay, f"{self._name}-relay")):
+            if deployed is not None and not self.owned:
+                await in_thread(serve.delete, name)
 
 
 def policy_options(settings: EngineSettings) -> dict[str, Any]:
@@ -244,18 +276,23 @@ def policy_options(settings: EngineSettings) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """These variables for processes that are started within."""
+def environment(variables: Mapping[str, str | None]) -> Iterator[None]:
+    """These variables for processes that are started within; None hides one."""
     before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
+    set_environment(variables)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        set_environment(before)
+
+
+def set_environment(variables: Mapping[str, str | None]) -> None:
+    """Set these variables; None unsets one."""
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 async def together(*work: Any) -> list[Any]:
@@ -278,6 +315,14 @@ async def within(work: Any, seconds: float, what: str) -> Any:
             f"{what} did not come up within {seconds:.0f} s; see the logs in Ray's session folder, "
             "or allow more by engine.startup_timeout_seconds"
         ) from None
+
+
+def start_serve(host: str, port: int) -> None:
+    """Start Serve with its HTTP there, unless it runs already."""
+    from ray import serve
+
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "ERROR"})
 
 
 def serve_address() -> str:

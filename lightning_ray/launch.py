@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -19,6 +19,7 @@ from pydantic import BaseModel
 from lightning_ray.algorithms.base import Algorithm, AlgorithmSettings
 from lightning_ray.config import build
 from lightning_ray.errors import ConfigError
+from lightning_ray.relay.settings import Upstream
 
 A = TypeVar("A", bound=Algorithm | None)
 
@@ -45,6 +46,17 @@ class Launch:
                 put(values, rest.split("."), value)
         return build(type(algorithm), values, "algorithm") if self._used else algorithm
 
+    def upstreams(self, given: Mapping[str, Upstream]) -> dict[str, Upstream]:
+        """The relays' upstreams with their overridden settings (``relays.NAME.model``). Raises ConfigError."""
+        values: dict[str, Any] = {name: dict(upstream) for name, upstream in given.items()}
+        for key, value in self.settings.items():
+            head, _, rest = key.partition(".")
+            name, _, field_name = rest.rpartition(".")
+            if head == "relays" and name in values:
+                self._used.add(key)
+                values[name][field_name] = value
+        return {name: build(Upstream, value, f"relays.{name}") for name, value in values.items()}
+
     def setting(self, key: str, default: int) -> int:
         """An overridden whole number of the Trainer."""
         if key not in self.settings:
@@ -59,7 +71,7 @@ class Launch:
         """Raises ConfigError for a key that nothing used."""
         for key in self.settings.keys() - self._used:
             close = difflib.get_close_matches(key, ["n_runners", "max_runners", "concurrency"], n=1)
-            known = "known: n_runners, max_runners, concurrency, algorithm.<setting>"
+            known = "known: n_runners, max_runners, concurrency, algorithm.<setting>, relays.<name>.<setting>"
             hint = f"did you mean {close[0]!r}?" if close else known
             raise ConfigError(f"{key}={self.settings[key]!r}: there is no such setting; {hint}")
 

@@ -11,7 +11,7 @@ import difflib
 import inspect
 import signal
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -23,6 +23,7 @@ from lightning_ray.config import RunnerSettings
 from lightning_ray.errors import ConfigError
 from lightning_ray.hooks import Hook
 from lightning_ray.launch import current_launch
+from lightning_ray.relay.settings import Upstream, check_upstreams
 from lightning_ray.tracing import OtelTracer, Tracer
 from lightning_ray.types import Dataset, NamedResources
 
@@ -52,6 +53,7 @@ class Trainer:
         runs_dir: where runs are kept.
         address: of a Ray cluster; by default RAY_ADDRESS, or a Ray of the run's own on this machine.
         initial_resources: what agents get before anything was learned, for algorithms that ask for it.
+        relays: other models that agents call, by name, as ``{"judge": lr.Upstream(base_url=...)}``.
         hooks: called at four moments of every rollout.
         adapter: what algorithms get to turn spans into something to learn from.
         tracer: what hooks and agents see as their tracer.
@@ -74,6 +76,7 @@ class Trainer:
         runs_dir: str | Path = "runs",
         address: str | None = None,
         initial_resources: NamedResources | None = None,
+        relays: Mapping[str, Upstream] | None = None,
         hooks: Hook | Sequence[Hook] | None = None,
         adapter: Spec[TraceAdapter[Any]] | None = None,
         tracer: Spec[Tracer] | None = None,
@@ -111,6 +114,8 @@ class Trainer:
         self.address = address
         self.resume = launch.resume
         self.initial_resources = initial_resources
+        check_upstreams(relays or {})
+        self.relays = launch.upstreams(relays or {})
         self.hooks = [hooks] if isinstance(hooks, Hook) else list(hooks or ())
         self.tracer = build_component(tracer, expected_type=Tracer, spec_name="tracer") or OtelTracer()
         self.store: Store | None = None if store is None else store_of(store)
@@ -163,6 +168,11 @@ class Trainer:
         from lightning_ray.dev import TASKS, FirstOf, check_resources, dev_algorithm, develop, show
 
         check_agent(agent)
+        if missing := sorted(set(self.relays) - set(self.initial_resources or {})):
+            names = ", ".join(missing)
+            raise ConfigError(
+                f"dev() starts no relay: name what agents get for {names} in initial_resources, as lr.LLM"
+            )
         dev_algorithm(self.algorithm)
         check_resources(agent, self)
         count = TASKS if tasks is None else tasks
@@ -187,7 +197,7 @@ class Trainer:
         run = Run(
             folder,
             Reporter(),
-            Cluster(self.address),
+            Cluster(self.address, relays=self.relays),
             agent,
             datasets,
             self._runners(),
@@ -228,6 +238,7 @@ class Trainer:
             "isolation": self.isolation,
             "python": self._runners().python,
             "address": self.address,
+            "relays": {name: upstream.model_dump(mode="json") for name, upstream in self.relays.items()},
         }
 
 

@@ -66,6 +66,8 @@ async def learn_over_store(algorithm: Algorithm, run: Run) -> None:
         run.cluster.start_ray()
         run.store = run.cluster.start_store(run.folder.store)
         await run.store.statistics()
+        if relayed := await run.cluster.start_relay():
+            algorithm.set_initial_resources({**(algorithm.get_initial_resources() or {}), **relayed})
         run.cluster.start_runners(run.agent, run._runners, run._hooks)
     algorithm.set_store(run.store)
     failure = run.cluster.failure
