@@ -230,7 +230,7 @@ class Trainer:
     def resolved(self) -> dict[str, Any]:
         """All settings, as config.json keeps them."""
         algorithm = self.algorithm
-        return {
+        shown = {
             "algorithm": algorithm and {"name": type(algorithm).__name__, **algorithm.settings()},
             "n_runners": self.n_runners,
             "max_runners": self.max_runners,
@@ -238,8 +238,10 @@ class Trainer:
             "isolation": self.isolation,
             "python": self._runners().python,
             "address": self.address,
-            "relays": {name: upstream.model_dump(mode="json") for name, upstream in self.relays.items()},
         }
+        if self.relays:
+            shown["relays"] = {name: upstream.model_dump(mode="json") for name, upstream in self.relays.items()}
+        return shown
 
 
 def adapter_of(spec: Spec[TraceAdapter[Any]]) -> TraceAdapter[Any]:

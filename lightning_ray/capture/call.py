@@ -25,6 +25,8 @@ class Sampled(Protocol):
 
     weight_versions: list[int]
     """Of its tokens; none if it has no tokens."""
+    finish_reason: str | None
+    """None if it was broken off."""
 
     def columns(self) -> dict[str, Any]:
         """The status, the finish reason and, where there are token ids, the token columns."""
@@ -87,6 +89,8 @@ class CapturedRequest:
     """Whether the conversation has an answer of the model's already."""
     digest: str = ""
     retry: int = 0
+    place: int = 0
+    """Among the attempt's calls that ask the same; a retry has that of the call it supersedes."""
     started: float = field(default_factory=time.time)
     sequences: list[Sampled] = field(default_factory=list)
     """What was sampled by calls of the engine that have ended."""
