@@ -298,7 +298,8 @@ async def test_a_client_that_hangs_up_before_the_first_token_leaves_nothing_samp
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert [row["status"] for row in client.rows] == ["ERROR"]
+    [row] = client.rows
+    assert row["status"] == "ERROR" and row["attributes"]["hung_up"] is True
 
 
 async def test_a_client_that_hangs_up_leaves_what_was_sampled() -> None:
@@ -310,7 +311,7 @@ async def test_a_client_that_hangs_up_leaves_what_was_sampled() -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     [row] = client.rows
-    assert (row["sampled_ids"], row["status"]) == ([7], "ERROR")
+    assert (row["sampled_ids"], row["status"]) == ([7], "ERROR") and row["attributes"]["hung_up"] is True
 
 
 async def test_a_client_that_hangs_up_after_the_last_token_leaves_the_whole_call() -> None:

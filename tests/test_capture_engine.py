@@ -16,6 +16,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from lightning_ray.capture import engine as engine_module
 from lightning_ray.capture.address import Caller
 from lightning_ray.capture.call import CapturedRequest, current_request
+from lightning_ray.capture.conversations import Conversations
 from lightning_ray.capture.engine import CapturedEngine, prepare, versions
 
 KINDS = [RequestOutputKind.FINAL_ONLY, RequestOutputKind.DELTA, RequestOutputKind.CUMULATIVE]
@@ -45,6 +46,8 @@ class Engine:
     def __init__(self) -> None:
         self.output_processor = Processor()
         self.engine_core = SimpleNamespace()
+        self.model_config = SimpleNamespace(max_model_len=100)
+        self.prompts: list[Any] = []
         self.params: list[Any] = []
         self.failure: Exception | None = None
         self.by_name: dict[str, list[Any]] = {}
@@ -56,8 +59,9 @@ class Engine:
         output = SimpleNamespace(request_id=state.internal_id, new_token_ids=ids, finish_reason=finish)
         assert self.output_processor.process_outputs([output], timestamp=1.0) == "processed"
 
-    async def generate(self, prompt: list[int], params: Any, request_id: str, **options: Any) -> AsyncIterator[Any]:
+    async def generate(self, prompt: Any, params: Any, request_id: str, **options: Any) -> AsyncIterator[Any]:
         self.params.append(params)
+        self.prompts.append(prompt)
         if self.failure is not None:
             raise self.failure
         arrived = asyncio.Event()
@@ -84,7 +88,7 @@ class Engine:
                 if params.output_kind == RequestOutputKind.FINAL_ONLY and not ended:
                     continue
                 yield SimpleNamespace(
-                    prompt_token_ids=prompt,
+                    prompt_token_ids=prompt["prompt_token_ids"] if isinstance(prompt, dict) else prompt,
                     outputs=[self._completion(s, params) for s in states if s.new],
                     finished=ended,
                 )
@@ -135,9 +139,7 @@ def captured(**sampling: Any) -> CapturedRequest:
 class Call:
     """A serving class that consumes one call of the engine, in a task of its own."""
 
-    def __init__(
-        self, engine: Any, params: Any, request_id: str = "id", prompt: list[int] | None = None, name: str = "call"
-    ):
+    def __init__(self, engine: Any, params: Any, request_id: str = "id", prompt: Any = None, name: str = "call"):
         self.outputs: list[Any] = []
         self.engine = engine
         self._open = engine.generate(prompt or [1, 2], params, request_id, name=name)
@@ -389,6 +391,110 @@ async def test_a_call_outside_of_a_request_is_left_alone(engine: Engine, capture
     engine.tokens("call", [5], "stop")
     await call.task
     assert engine.params == [params] and params.logprobs is None
+
+
+class Letters:
+    """Every id is as many letters as it says; 0 stands for itself."""
+
+    all_special_ids = (0,)
+
+    def get_added_vocab(self) -> dict[str, int]:
+        return {}
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
+        return "".join("x" * token if token else "|" for token in ids)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [1 if letter == "x" else 0 for letter in text]
+
+
+async def say(engine: Engine, prompt: Any, sampled: list[int], finish: str | None = "stop", **options: Any) -> Any:
+    """One whole call; what the engine was given."""
+    params = SamplingParams(output_kind=RequestOutputKind.FINAL_ONLY, **options)
+    call = Call(engine, params, prompt=prompt)
+    await settle()
+    engine.tokens("call", sampled, finish)
+    await call.task
+    return engine.prompts[-1]
+
+
+@pytest.fixture
+def continuing(engine: Engine) -> CapturedEngine:
+    capture = CapturedEngine(engine, version=4, conversations=Conversations(Letters()))  # type: ignore[arg-type]
+    capture.proved.set()
+    return capture
+
+
+async def test_a_prompt_that_continues_keeps_the_ids_that_were_sampled(
+    engine: Engine, continuing: CapturedEngine
+) -> None:
+    first = captured()
+    await say(engine, {"type": "token", "prompt_token_ids": [0, 5]}, [2, 2, 0])
+    assert "restored_tokens" not in first.take_spans()[0]["attributes"]
+    request = captured()
+    request.continues = True
+    given = {"type": "token", "prompt_token_ids": [0, 5, 3, 1, 0, 7], "cache_salt": "kept"}
+    found = await say(engine, given, [1], max_tokens=98)
+    assert found == {**given, "prompt_token_ids": [0, 5, 2, 2, 0, 7]} and given["prompt_token_ids"][2] == 3
+    assert engine.params[-1].max_tokens == 94
+    [span] = request.take_spans()
+    assert span["prompt_ids"] == [0, 5, 2, 2, 0, 7] and span["attributes"]["restored_tokens"] == 4
+
+
+async def test_a_prompt_is_left_as_it_is_where_ids_must_not_move(engine: Engine, continuing: CapturedEngine) -> None:
+    captured()
+    await say(engine, {"type": "token", "prompt_token_ids": [0, 5]}, [2, 2, 0])
+    ids = [0, 5, 4, 0, 7]
+    for continues, prompt in (
+        (False, {"type": "token", "prompt_token_ids": ids}),
+        (True, {"type": "multimodal", "prompt_token_ids": ids}),
+        (True, {"type": "token", "prompt_token_ids": [0, 6, 0]}),
+        (True, {"type": "token", "prompt_token_ids": [0, 5, 4, 0, 0, *[1] * 94]}),
+    ):
+        request = captured()
+        request.continues = continues
+        assert await say(engine, prompt, [1]) is prompt
+        assert "restored_tokens" not in request.take_spans()[0]["attributes"]
+
+
+async def test_what_was_broken_off_is_no_part_of_the_conversation(engine: Engine, continuing: CapturedEngine) -> None:
+    captured()
+    call = Call(engine, SamplingParams(output_kind=RequestOutputKind.DELTA), prompt={"prompt_token_ids": [0, 5]})
+    await settle()
+    engine.tokens("call", [2, 2])
+    await settle()
+    call.task.cancel()
+    await asyncio.gather(call.task, return_exceptions=True)
+    request = captured()
+    request.continues = True
+    prompt = {"prompt_token_ids": [0, 5, 4, 0, 7]}
+    assert await say(engine, prompt, [1]) is prompt
+
+
+async def test_the_end_is_told_once_every_call_of_the_engine_has_ended(engine: Engine, capture: CapturedEngine) -> None:
+    request = captured()
+    told: list[int] = []
+    request.ended = lambda: told.append(len(request.sequences))
+    params = SamplingParams(output_kind=RequestOutputKind.DELTA)
+    calls = [Call(engine, params, name=name) for name in "ab"]
+    await settle()
+    engine.tokens("a", [5], "stop")
+    await settle()
+    assert told == []
+    engine.tokens("b", [6], "stop")
+    await settle()
+    assert told == [2]
+    await asyncio.gather(*(call.task for call in calls))
+
+
+def test_a_rollouts_seed_gives_each_call_its_own() -> None:
+    seeds = []
+    for digest, place, seed in (("a", 0, 7), ("a", 1, 7), ("b", 0, 7), ("a", 0, 8), ("a", 0, 7)):
+        request = captured(seed=seed)
+        request.digest, request.place = digest, place
+        seeds.append(prepare(SamplingParams(seed=1), request)[0].seed)
+    assert len(set(seeds)) == 4 and seeds[0] == seeds[-1]
+    assert prepare(SamplingParams(seed=1), captured())[0].seed == 1
 
 
 @pytest.mark.parametrize(

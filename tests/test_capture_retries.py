@@ -53,9 +53,13 @@ def test_a_retry_whose_forerunner_never_came_supersedes_the_one_before_that() ->
     assert sent.begin(AT, "d", 2)[1] == ["a"]
 
 
-def test_calls_that_are_alike_count_each() -> None:
+def test_calls_that_are_alike_count_each_and_a_retry_takes_its_calls_place() -> None:
     sent = SentCalls()
     assert all(sent.begin(AT, "d", 0)[1] == [] for _ in range(5))
+    calls = [begin(sent, digest="e") for _ in range(3)]
+    calls[1].delivered = False
+    again, other = begin(sent, 1, digest="e"), begin(sent, digest="e")
+    assert [call.place for call in (*calls, again, other)] == [0, 1, 2, 1, 3]
 
 
 @pytest.mark.parametrize(

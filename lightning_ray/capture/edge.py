@@ -129,7 +129,7 @@ class CaptureEdge:
             sent.span_ids, sent.delivered = superseded, False  # for the next retry to tell
             await refuse(send, dialect, *not_now)
             return
-        sent.span_ids = request.span_ids
+        sent.span_ids, request.place = request.span_ids, sent.place
         answer = Answer(request, dialect, self.append, send, self.backend.version)
         answer.add(self._image_rows(request, images) + request.superseding(superseded))
         self._at_once[request.attempt] += 1

@@ -159,7 +159,7 @@ def prepare(sampling_params: Any, request: CapturedRequest) -> tuple[Any, bool]:
         if name in sampling:
             setattr(params, name, sampling[name])
     if (seed := sampling.get("seed")) is not None:
-        params.seed = call_seed(seed, request.digest)
+        params.seed = call_seed(seed, f"{request.digest} {request.place}")
     if sampling:
         params.__post_init__()
     hide = params.num_logprobs is None
@@ -169,9 +169,9 @@ def prepare(sampling_params: Any, request: CapturedRequest) -> tuple[Any, bool]:
     return params, hide
 
 
-def call_seed(seed: int, digest: str) -> int:
-    """The seed of one call of a rollout that has one: another for each request, the same for the same."""
-    return zlib.crc32(f"{seed} {digest}".encode())
+def call_seed(seed: int, call: str) -> int:
+    """The seed of one call of a rollout that has one: another for each call, the same for the same."""
+    return zlib.crc32(f"{seed} {call}".encode())
 
 
 def is_plain(prompt: Any) -> bool:

@@ -25,6 +25,8 @@ class SentCall:
     attempt: Attempt
     digest: str
     retry: int
+    place: int = 0
+    """Among the calls that are alike; a retry has that of the call it supersedes."""
     span_ids: list[str] = field(default_factory=list)
     delivered: bool | None = None
     """Whether its answer went out in full; None while it is at work."""
@@ -57,7 +59,8 @@ class SentCalls:
         before = [call for call in reversed(alike) if call.retry < retry and not call.superseded]
         given_up = max(before, key=_likely_given_up, default=None)
         gone = [] if given_up is None else given_up.supersede()
-        call = SentCall(attempt, digest, retry)
+        place = sum(not call.retry for call in alike) if given_up is None else given_up.place
+        call = SentCall(attempt, digest, retry, place)
         alike.append(call)
         self._calls[call] = None
         if len(self._calls) > self._kept:
