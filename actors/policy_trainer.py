@@ -37,6 +37,8 @@ class PolicyTrainer:
 
     updater: PolicyUpdater
     publisher: WeightPublisher
+    version: int | None = None
+    """Of the weights pushed last, which are those that the next update trains."""
 
     def __init__(self, settings: UpdateSettings, rank: int, world_size: int) -> None:
         self.settings = settings
@@ -55,7 +57,7 @@ class PolicyTrainer:
         self.updater = PolicyUpdater(self.settings, self.rank, self.world_size, master_address, master_port)
 
     def update(self, batch: pa.Table) -> dict[str, float]:
-        return self.updater.update(batch)
+        return self.updater.update(batch, self.version)
 
     def logprobs(self, sequences: list[list[int]]) -> list[np.ndarray]:
         return self.updater.logprobs(sequences)
@@ -84,9 +86,15 @@ class PolicyTrainer:
         """Form the transfer group with the engine workers; see ``WeightPublisher.connect``."""
         self.publisher.connect(self._broadcast, offsets, world_size, ray.util.get_node_ip_address())
 
+    def export(self) -> dict[str, Any] | None:
+        """The weights in the object store, from rank 0; see ``WeightPublisher.export``."""
+        return self.publisher.export()
+
     def push(self, version: int) -> float:
         """Send the weights to every replica as ``version``; returns the seconds it took."""
-        return self.publisher.push(version)
+        seconds = self.publisher.push(version)
+        self.version = version
+        return seconds
 
     def probes(self) -> dict[str, float]:
         """One number for each parameter, comparable with the engine's."""
@@ -177,6 +185,10 @@ class PolicyTrainerGroup:
                 "else resume from the last checkpoint"
             )
         return [task.result() for task in pending]
+
+    def begin(self, method: str, *args: Any) -> list[Any]:
+        """Call a method of every rank without waiting; references to their answers, by rank."""
+        return [getattr(actor, method).remote(*args) for actor in self.ranks]
 
     def stop(self) -> None:
         """End all ranks at once; what they have not saved is lost."""
