@@ -19,6 +19,7 @@ import ray
 
 from lightning_ray.errors import InfrastructureError, LightningRayError, StoreError
 from lightning_ray.store.core import SpanStore
+from lightning_ray.store.line import Answer, Envelope, LineServer
 from lightning_ray.store.log import Fsync
 from lightning_ray.store.service import StoreService
 from lightning_ray.store.shard_folder import ShardLayout, check_layout, shard_folder, write_layout
@@ -29,12 +30,6 @@ MANY_CALLS = 100_000
 
 START_SECONDS = 600.0
 """How long shards may take to start: they replay what they hold."""
-
-Envelope = tuple[bytes, float | None, int]
-"""A call: its message, how long it may wait inside the store, and how many of the buffers are its own."""
-
-Answer = tuple[bytes, list[pa.Buffer]]
-"""An answer's message and its buffers."""
 
 _GARBAGE = (50_000, 20, 50)
 """Thresholds of Python's collector: a store makes many objects that live long, and cycles hardly ever."""
@@ -52,6 +47,7 @@ class SpanStoreActor:
                 "here"
             )
         self._service = StoreService(SpanStore(folder, **settings))
+        self._lines = LineServer(self.calls)
         gc.freeze()
         gc.set_threshold(*_GARBAGE)
 
@@ -82,12 +78,17 @@ class SpanStoreActor:
         except Exception as error:
             return _refusal(error, name)
 
+    async def line(self) -> str | None:
+        """Where ``calls`` can be had without Ray, by processes of this machine."""
+        return await self._lines.address()
+
     async def process_id(self) -> int:
         """The actor's process, for operators and tests."""
         return os.getpid()
 
     async def close(self) -> None:
         """Make all durable and let go of the folder; the actor is of no more use."""
+        self._lines.close()
         await self._service.close()
 
 

@@ -92,5 +92,7 @@ class StoreClient(Store):
         loop = asyncio.get_running_loop()
         post = self._posts.get(loop)
         if post is None:
+            for ended in [other for other in self._posts if other.is_closed()]:
+                del self._posts[ended]
             post = self._posts[loop] = Post(self._handle)
         return post

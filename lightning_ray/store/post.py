@@ -1,7 +1,8 @@
 """Calls to the store's actor, bundled: those that are made while a message is under way share the next.
 
 Ray takes most of a millisecond for a message, whatever it carries, and the store takes far less for a call. A
-call alone waits for nothing. Each call has its own answer or failure; resending is the client's matter.
+call alone waits for nothing. Small messages take the direct line, if there is one; what a broken line lost goes through
+Ray. Each call has its own answer or failure; resending is the client's matter.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ from typing import Any
 
 import pyarrow as pa
 
+from lightning_ray.store.line import Answer, Dialer, LineLost
+
 _SLOW_SECONDS = 1.0
 """A message that is under way for longer does not hold up later ones."""
 _MESSAGE_CALLS = 128
 _MESSAGE_BYTES = 8 * 2**20
 
-Answer = tuple[bytes, list[pa.Buffer]]
+_LINE_BYTES = 2**18
+"""Larger messages are better off in Ray's object store."""
 
 
 class Call:
@@ -35,6 +39,7 @@ class Post:
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
+        self._dialer = Dialer(handle)
         self._waiting: deque[Call] = deque()
         self._is_busy = False
         """Whether a message is under way that later calls wait for: Ray takes long for each, whatever it carries."""
@@ -46,7 +51,7 @@ class Post:
         the store too when its answer is given up.
         """
         if apart:
-            self._start(self._deliver([call]))
+            self._start(self._deliver([call], apart))
         else:
             self._waiting.append(call)
             self._wake()
@@ -91,12 +96,14 @@ class Post:
             self._is_due = True
             asyncio.get_running_loop().call_soon(self._send_waiting)
 
-    async def _deliver(self, calls: list[Call]) -> None:
+    async def _deliver(self, calls: list[Call], apart: bool = False) -> None:
         """One message and its answer. Failures are those of all its calls."""
         envelopes = [(call.message, call.timeout, len(call.buffers)) for call in calls]
         buffers = [buffer for call in calls for buffer in call.buffers]
         try:
-            answers = await self._send(envelopes, buffers, calls)
+            answers = None if apart else await self._send_by_line(envelopes, buffers, calls)
+            if answers is None:
+                answers = await self._send(envelopes, buffers, calls)
         except asyncio.CancelledError:
             for call in calls:
                 call.answer.cancel()
@@ -109,6 +116,18 @@ class Post:
             for call, answer in zip(calls, answers, strict=True):
                 if not call.answer.done():
                     call.answer.set_result(answer)
+
+    async def _send_by_line(
+        self, envelopes: list[Any], buffers: list[pa.Buffer], calls: list[Call]
+    ) -> list[Answer] | None:
+        """The answers, or None if the message must go through Ray."""
+        line = self._dialer.line() if sum(call.size for call in calls) <= _LINE_BYTES else None
+        if line is None:
+            return None
+        try:
+            return await line.send(envelopes, buffers)
+        except LineLost:
+            return None
 
     def _send(self, envelopes: list[Any], buffers: list[pa.Buffer], calls: list[Call]) -> Any:
         message = self._handle.calls.remote(envelopes, buffers)
