@@ -31,3 +31,27 @@ def call(method: str, *args: Any) -> Any:
 
 def weights() -> dict[str, np.ndarray]:
     return {name: tensor.detach().numpy().copy() for name, tensor in UPDATER[0].named_weights()}
+
+
+def adapter() -> dict[str, np.ndarray]:
+    return {name: tensor.detach().numpy().copy() for name, tensor in UPDATER[0].named_adapter()}
+
+
+def gradients() -> dict[str, np.ndarray]:
+    """Of the first step, by Hugging Face's names: Adam's first moment is then (1 - beta 1) times the gradient."""
+    engine = UPDATER[0]._engine
+    share = 1 - engine.optimizer.param_groups[0]["betas"][0]
+    return {
+        name: whole(engine.optimizer.state[weight]["exp_avg"]).numpy() / share
+        for name, weight in engine.module.named_parameters()
+        if weight in engine.optimizer.state
+    }
+
+
+def trained() -> list[str]:
+    engine = UPDATER[0]._engine
+    return [name for name, weight in engine.module.named_parameters() if weight in engine.optimizer.state]
+
+
+def whole(tensor: Any) -> torch.Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

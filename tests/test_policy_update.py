@@ -1,15 +1,8 @@
-"""The policy update against an independent one, over ranks, micro batches, checkpoints and odd batches.
-
-Two processes serve the whole file as rank 0 and 1, or rank 0 alone.
-"""
+"""The policy update against an independent one, over ranks, micro batches, checkpoints and odd batches."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
-import socket
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,8 +13,7 @@ import pytest
 pytest.importorskip("verl")
 
 from lightning_ray.errors import ConfigError
-from lightning_ray.policy.settings import AdvantageName, DivergedError, LossName, UpdateSettings
-from tests import policy_worker
+from lightning_ray.policy.settings import AdvantageName, DivergedError, LossName
 from tests.policy_oracle import (
     PlainTrainer,
     batch_table,
@@ -30,56 +22,12 @@ from tests.policy_oracle import (
     token_logprobs,
     write_tiny_model,
 )
-
-DEADLINE = 60.0
-
-
-class Ranks:
-    """Updaters in processes of their own, called alike."""
-
-    def __init__(self) -> None:
-        spawn = multiprocessing.get_context("spawn")
-        self._processes = [ProcessPoolExecutor(1, mp_context=spawn, initializer=policy_worker.start) for _ in range(2)]
-        self.world_size = 0
-
-    def build(self, settings: UpdateSettings, world_size: int) -> Ranks:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.world_size = world_size
-        self._each(lambda rank: (policy_worker.build, settings, rank, world_size, port))
-        return self
-
-    def call(self, method: str, *args: Any) -> Any:
-        """Call every rank; their results must be the same."""
-        results = self._each(lambda rank: (policy_worker.call, method, *args))
-        for other in results[1:]:
-            np.testing.assert_equal(other, results[0])
-        return results[0]
-
-    def weights(self) -> dict[str, np.ndarray]:
-        results = self._each(lambda rank: (policy_worker.weights,))
-        for other in results[1:]:
-            np.testing.assert_equal(other, results[0])
-        return results[0]
-
-    def _each(self, submission: Callable[[int], tuple]) -> list[Any]:
-        futures = [self._processes[rank].submit(*submission(rank)) for rank in range(self.world_size)]
-        failures = [failure for future in futures if (failure := future.exception(DEADLINE))]
-        if failures:
-            raise failures[0]
-        return [future.result() for future in futures]
-
-    def close(self) -> None:
-        for process in self._processes:
-            process.shutdown()
+from tests.policy_ranks import Ranks, assert_same_weights, settings_for, shared_ranks, with_column
 
 
 @pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    ranks = Ranks()
-    yield ranks
-    ranks.close()
+def ranks() -> Ranks:
+    return shared_ranks()
 
 
 @pytest.fixture(scope="module")
@@ -93,21 +41,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def batches(folder: Path) -> list[pa.Table]:
     model = load(folder)
     return [make_batch(model, seed=seed) for seed in range(4)]
-
-
-def settings_for(folder: Path, **changes: Any) -> UpdateSettings:
-    defaults: dict[str, Any] = {"learning_rate": 1e-3, "warmup_steps": 2, "weight_decay": 0.01}
-    return UpdateSettings(model_path=str(folder), **defaults | changes)
-
-
-def assert_same_weights(one: dict[str, np.ndarray], other: dict[str, np.ndarray], atol: float) -> None:
-    assert one.keys() == other.keys()
-    for name in one:
-        np.testing.assert_allclose(one[name], other[name], rtol=0, atol=atol, err_msg=name)
-
-
-def with_column(table: pa.Table, name: str, values: list) -> pa.Table:
-    return table.set_column(table.column_names.index(name), name, pa.array(values, table[name].type))
 
 
 def on_policy(ranks: Ranks, table: pa.Table) -> pa.Table:

@@ -149,9 +149,9 @@ def with_preset(given: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str
 def _over(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     result = {**defaults, **given}
     for name in defaults.keys() & given.keys():
-        value = given[name]
+        value, default = given[name], defaults[name]
         if isinstance(value, BaseModel):
-            value = value.model_dump(exclude_unset=True)
-        if isinstance(defaults[name], Mapping) and isinstance(value, Mapping):
-            result[name] = _over(defaults[name], value)
+            result[name] = type(value)(**_over(default, value.model_dump(exclude_unset=True)))
+        elif isinstance(default, Mapping) and isinstance(value, Mapping):
+            result[name] = _over(default, value)
     return result
