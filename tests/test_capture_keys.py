@@ -7,7 +7,7 @@ import base64
 import msgpack
 import pytest
 
-from lightning_ray.capture.keys import Claims, KeyRefused, issue_key, open_key
+from lightning_ray.capture.keys import Claims, KeyRefused, issue_key, open_key, open_operator_key, operator_key
 
 SECRET = b"s" * 32
 CLAIMS = Claims("ro-1", "at-1", 1000.0, {"temperature": 1.0, "top_k": 0})
@@ -59,3 +59,14 @@ def test_no_bit_of_the_claims_can_be_flipped() -> None:
 def test_what_is_no_key_is_refused(key: str) -> None:
     with pytest.raises(KeyRefused):
         open_key(SECRET, key, now=0.0)
+
+
+def test_the_operators_key_opens_the_status_for_a_while() -> None:
+    key = operator_key(SECRET, 60.0, now=1000.0)
+    open_operator_key(SECRET, key, now=1060.0)
+    with pytest.raises(KeyRefused, match="expired"):
+        open_operator_key(SECRET, key, now=1060.1)
+    with pytest.raises(KeyRefused, match="another run"):
+        open_operator_key(b"t" * 32, key, now=1000.0)
+    with pytest.raises(KeyRefused, match="the key is an attempt's"):
+        open_operator_key(SECRET, issue_key(SECRET, CLAIMS), now=0.0)

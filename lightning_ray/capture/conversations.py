@@ -255,7 +255,11 @@ def continuation(conversation: Conversation, prompt: Cut, reader: Reader) -> Con
         there += start - here
         here = start
         a, b = said.after(here), prompt.after(there)
-        text_a, text_b = said.text(here, a), prompt.text(there, b)
+        text_b = prompt.text(there, b)
+        begun = said.text(here, min(a, reached + 8))[:-4]  # less a character that may not be whole
+        if not (text_b.startswith(begun) or begun.startswith(text_b)):
+            return found
+        text_a = said.text(here, a)
         while text_a != text_b:  # a token that stands for itself may have been said letter by letter
             if a < len(said) and text_b.startswith(text_a):
                 text_a, a = text_a + said.text(a, said.after(a)), said.after(a)
