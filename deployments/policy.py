@@ -51,6 +51,7 @@ class Policy:
         self.replica_id = uuid.uuid4().hex[:8]
         self.swapping_since: float | None = None
         self.swaps: deque[dict[str, Any]] = deque(maxlen=SWAPS_KEPT)
+        self.given_up = False
         self.load = EngineLoad()
         self.engine: Any = None
         self.capture: CapturedEngine | None = None
@@ -130,6 +131,24 @@ class Policy:
             "swapping": self.swapping_since is not None,
         }
 
+    async def swap(self, version: int, offer: dict[str, Any], only: list[str] | None = None) -> dict[str, Any] | None:
+        """Load the weights of an offer (see ``ObjectTransfer``) as ``version``, requests in flight frozen meanwhile,
+        and prove it. ``only`` names the replicas that are meant; the others answer None.
+        """
+        if only is not None and self.replica_id not in only:
+            return None
+        from lightning_ray.policy.object_transfer import lend
+
+        buffer = await offer["weights"][0]
+        await self._freeze()
+        with lend(buffer, self.settings.chosen_process == "replica") as name:
+            update = {"name": name, "layout": [list(entry) for entry in offer["layout"]]}
+            await self.engine.collective_rpc("lightning_ray_load", kwargs={"update_info": update})
+        await self._thaw(version)
+        expected = [[float(x) for x in row] for row in await offer["expected"][0]]
+        shown = await self.prove(version, offer["canaries"], expected, offer["tolerance"])
+        return {**shown, "parameters": offer["parameters"], "bytes": offer["bytes"]}
+
     async def connect(self, init_info: dict[str, Any], offsets: dict[str, int]) -> str:
         """Join the trainer's transfer group; ``offsets`` gives the group rank of each replica's first worker."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
@@ -140,13 +159,29 @@ class Policy:
 
     async def begin_swap(self) -> str:
         """Freeze running requests, drop every cached key and value, and open the weight update."""
-        assert self.capture is not None
-        self.swapping_since = time.time()
-        await self.engine.pause_generation(mode="keep", clear_cache=True)
-        await self.capture.flush()
-        self.capture.proved.clear()
+        await self._freeze()
         await self.engine.start_weight_update()
         return self.replica_id
+
+    async def _freeze(self) -> None:
+        """From here on nothing is sampled and nobody is answered until the proof."""
+        assert self.capture is not None
+        self.swapping_since = time.time()
+        # Not pause_generation: that sleeps for the outputs which flush() waits for.
+        await self.engine.renderer.clear_mm_cache_async()
+        await self.engine.engine_core.pause_scheduler_async(mode=self.settings.swap_mode, clear_cache=True)
+        await self.capture.flush()
+        self.capture.proved.clear()
+
+    async def _thaw(self, version: int) -> None:
+        """Go on sampling, under ``version``."""
+        assert self.capture is not None
+        await self.engine.update_weight_version(str(version))
+        self.capture.mark_swap(version)
+        await self.engine.resume_generation()
+        began, self.swapping_since = self.swapping_since, None
+        took = None if began is None else round(time.time() - began, 4)
+        self.swaps.append({"version": version, "time": time.time(), "seconds": took, "proved": False})
 
     async def update_weights(self, update_info: dict[str, Any]) -> str:
         """Receive the weights; runs while the trainer broadcasts."""
@@ -157,13 +192,14 @@ class Policy:
 
     async def end_swap(self, version: int) -> str:
         """Close the update under its version and let the frozen requests go on; their answers wait for the proof."""
-        assert self.capture is not None
-        await self.engine.finish_weight_update(str(version))
-        self.capture.mark_swap(version)
-        await self.engine.resume_generation()
-        began, self.swapping_since = self.swapping_since, None
-        took = None if began is None else round(time.time() - began, 4)
-        self.swaps.append({"version": version, "time": time.time(), "seconds": took, "proved": False})
+        await self.engine.finish_weight_update()
+        await self._thaw(version)
+        return self.replica_id
+
+    def give_up(self, replica_ids: list[str]) -> str:
+        """Say that a replica cannot be mended: Serve then restarts it."""
+        if self.replica_id in replica_ids:
+            self.given_up = True
         return self.replica_id
 
     async def prove(
@@ -194,6 +230,8 @@ class Policy:
         """Raise when the engine is dead or a swap has been open past its deadline: Serve then restarts the replica."""
         if self.engine is None:
             return
+        if self.given_up:
+            raise RuntimeError(f"replica {self.replica_id} could not prove its weights and is to be restarted")
         await self.engine.check_health()
         if self.swapping_since is not None:
             open_for = time.time() - self.swapping_since

@@ -28,6 +28,7 @@ from lightning_ray.hooks import Hook
 from lightning_ray.net import free_port
 from lightning_ray.policy.settings import UpdateSettings
 from lightning_ray.policy.swap import PolicySwapper
+from lightning_ray.policy.transfer import transfer_of
 from lightning_ray.relay.settings import Upstream
 from lightning_ray.store.base import Store
 from lightning_ray.store.client import StoreClient
@@ -204,7 +205,11 @@ class Cluster:
         """Tie the trainer ranks to the policy's replicas."""
         deadline = settings.swap_timeout_seconds
         await self.trainers.call("attach_policy", self._policy, settings.chosen_transfer, deadline, timeout=60.0)
-        return PolicySwapper(self.replicas, self.trainers, settings.logprob_tolerance, deadline)
+        tolerance = settings.logprob_tolerance
+        transfer = transfer_of(settings.chosen_transfer, self.replicas, self.trainers, tolerance, deadline)
+        return PolicySwapper(
+            self.replicas, self.trainers, transfer, tolerance, deadline, settings.startup_timeout_seconds
+        )
 
     def start_runners(self, agent: LitAgent[Any], settings: RunnerSettings, hooks: Sequence[Hook] = ()) -> None:
         """The runners; they lease whatever is queued from now on."""

@@ -57,8 +57,10 @@ class EngineSettings(Settings):
     """vLLM's parser of reasoning (``qwen3``, ``deepseek_r1``, ...)."""
     arguments: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of ``vllm serve`` by their names without dashes; true for a flag."""
-    transfer: Literal["auto", "gloo", "nccl"] = "auto"
-    """What carries the weights from trainer to engine; ``auto`` is gloo on CPU and NCCL on CUDA."""
+    transfer: Literal["auto", "object", "gloo", "nccl"] = "auto"
+    """What carries the weights from trainer to engine; ``auto`` is the object store on CPU and NCCL on CUDA."""
+    swap_mode: Literal["keep", "wait"] = "keep"
+    """Whether requests in flight go on over a swap, or are waited for before it."""
     logprob_tolerance: float = Field(default=1e-4, gt=0)
     """Largest difference of a canary logprob between engine and trainer at which a swap counts as proved."""
     startup_timeout_seconds: float = Field(default=300.0, gt=0)
@@ -84,10 +86,10 @@ class EngineSettings(Settings):
         return self.dtype
 
     @property
-    def chosen_transfer(self) -> Literal["gloo", "nccl"]:
+    def chosen_transfer(self) -> Literal["object", "gloo", "nccl"]:
         """``transfer``, with ``auto`` decided."""
         if self.transfer == "auto":
-            return "gloo" if self.device == "cpu" else "nccl"
+            return "object" if self.device == "cpu" else "nccl"
         return self.transfer
 
 

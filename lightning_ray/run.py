@@ -105,9 +105,10 @@ class Run:
                     settings.update_settings(model), settings.ranks, settings.engine.chosen_transfer
                 ),
             )
+            relayed = await self.cluster.start_relay()
         for name, sampling in RESOURCES.items():
             resource = endpoint.model_copy(update={"sampling_parameters": sampling})
-            await self.store.update_resources(name, {"main_llm": resource})
+            await self.store.update_resources(name, {"main_llm": resource, **relayed})
         with self.reporter.stage("first weights proved"):
             if self._resume:
                 latest = self.folder.latest_checkpoint()
@@ -278,6 +279,8 @@ class Run:
         """Swap the weights on every replica, and prove it."""
         self.state.swaps += 1
         swap = await self._swapper.publish(version)
+        for mended in swap.mended:
+            self.reporter.note(mended)
         self.state.version = version
         self._proved.append(version)
         self.state.swaps_proved += 1

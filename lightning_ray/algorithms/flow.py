@@ -106,6 +106,8 @@ class GroupFlow:
             if len(ended) >= min(count, len(self._live)) and self._rest_is_in_time(ended, version):
                 break
             pending = [task for task in self._waiting.values() if not task.done()]
+            if not pending:
+                raise AssertionError(f"groups too old to be trained at version {version}: {list(self._live.values())}")
             await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
         chosen = sorted(ended, key=lambda group: (group.version, group.position))[:count]
         for group in chosen:

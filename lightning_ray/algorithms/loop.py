@@ -67,8 +67,8 @@ class TrainingLoop:
             await self._flow.stop()
         await run.finish()
 
-    async def _take_up(self) -> None:
-        """The groups of the last checkpoint, or of the beginning."""
+    async def _take_up(self, keep: bool = True) -> None:
+        """The groups of the last checkpoint, or of the beginning; what they played until then is kept, or not."""
         run, settings = self._run, self._settings
         known = run.state.flow
         begun = known.get("next_position", run.state.step * settings.prompts_per_step)
@@ -76,7 +76,10 @@ class TrainingLoop:
         player = GroupPlayer(run, Epochs(run.train_dataset, settings.seed), settings.group_size, seed)
         last = settings.steps * settings.prompts_per_step
         self._flow = GroupFlow(player, settings.prompts_per_step, settings.max_staleness, begun, last)
-        await self._flow.restore(Group(**group) for group in known.get("groups", ()))
+        groups = [Group(**group) for group in known.get("groups", ())]
+        if not keep:
+            groups = [Group(group.position, run.state.version) for group in groups]
+        await self._flow.restore(groups)
 
     async def _step(self, step: int) -> None:
         run, settings = self._run, self._settings
@@ -130,4 +133,4 @@ class TrainingLoop:
         """Start the ranks anew from the last checkpoint, and go back to its step."""
         await self._flow.stop()
         await self._run.restart_trainers(str(error))
-        await self._take_up()
+        await self._take_up(keep=False)  # it is of versions whose numbers are long past

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from lightning_ray.net import free_port
+from lightning_ray.policy.flat_weights import flatten
 
 Broadcast = Callable[..., list[Any]]
 """Calls a control method, with its arguments, on every replica and returns their answers; raises past its deadline."""
@@ -84,6 +85,19 @@ class WeightPublisher:
             source=_source(self._weights, source),
         )
 
+    def export(self) -> dict[str, Any] | None:
+        """The weights in the object store, from rank 0: ``weights`` (a reference in a list, so that it is passed on as
+        such), their ``layout``, ``parameters`` and ``bytes``. A collective, as the others.
+        """
+        if self._rank != 0:
+            for _ in self._weights.named_weights():
+                pass
+            return None
+        import ray
+
+        buffer, layout = flatten(self._weights.named_weights())
+        return {"weights": [ray.put(buffer)], "layout": layout, "parameters": len(layout), "bytes": buffer.nbytes}
+
     def push(self, version: int) -> float:
         """Send the weights as ``version``; returns the seconds it took."""
         started = time.perf_counter()
@@ -99,6 +113,8 @@ class WeightPublisher:
 
 def load_transfer(backend: str) -> Any:
     """Import vLLM's weight transfer of a backend; returns the class of its trainer-side init info."""
+    if backend == "object":
+        return None
     if backend == "gloo":
         from lightning_ray.policy import gloo_transfer
 

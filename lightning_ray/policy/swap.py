@@ -1,33 +1,26 @@
 """A weight swap from start to proof, on every replica.
 
-    describe -> (connect, if the replicas changed) -> push, requests in flight frozen -> prove on each
+    describe -> send, requests in flight frozen -> each replica shows its canaries' logprobs -> proved
+                                                -> not equal: send again in full -> restart it, send again -> SwapError
 
-Replicas that restarted or joined since the last swap are found by ``describe`` and taken into the group. Invariant:
-``publish`` returns only when every live replica has reproduced the trainer's canary logprobs under the new version.
+Replicas that restarted or joined since the last swap are found by ``describe``. A replica that is not proved answers
+nobody. Invariant: ``publish`` returns only when every live replica has reproduced the trainer's canary logprobs under
+the new version, and has loaded as many parameters and bytes as the trainer sent.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-from lightning_ray.errors import InfrastructureError, SwapError
-from lightning_ray.policy.proof import Proof, canary_prompts, differing_kinds, failure_message
+from lightning_ray.errors import InfrastructureError, SwapError, TrainersLostError
+from lightning_ray.policy.proof import Proof, differing_kinds, failure_message
+from lightning_ray.policy.transfer import Member, Replicas, Shown, Trainers, Transfer
 
 TRIES = 3
-"""Pushes until the set of replicas holds still for a whole swap."""
-
-Replicas = Callable[..., Awaitable[list[Any]]]
-"""``await replicas(method, *args)`` calls a control method on every live replica."""
-
-
-class Trainers(Protocol):
-    """The trainer ranks: a call on all of them, and its answers in order of rank."""
-
-    async def call(self, method: str, *args: Any, timeout: float) -> list[Any]: ...
+"""Sendings until the set of replicas holds still for a whole swap."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +29,11 @@ class Swap:
 
     version: int
     seconds: float
-    push_seconds: float
     proofs: list[Proof]
+    mended: list[str] = field(default_factory=list)
+    """What was done about replicas that could not prove it at first."""
+    bytes: int | None = None
+    """Of the weights, where the replicas tell."""
 
     @property
     def max_logprob_diff(self) -> float:
@@ -48,25 +44,37 @@ class Swap:
 class PolicySwapper:
     """Publishes the trainer's weights to the replicas, one version after the other."""
 
-    def __init__(self, replicas: Replicas, trainers: Trainers, tolerance: float, timeout: float):
+    def __init__(
+        self,
+        replicas: Replicas,
+        trainers: Trainers,
+        transfer: Transfer,
+        tolerance: float,
+        timeout: float,
+        restart_timeout: float = 180.0,
+    ):
         self._replicas = replicas
         self._trainers = trainers
+        self._transfer = transfer
         self._tolerance = tolerance
         self._timeout = timeout
-        self._connected: set[str] = set()
+        self._restart_timeout = restart_timeout
         self._lock = asyncio.Lock()
-        self._canaries: list[list[int]] = []
         self.last: Swap | None = None
 
     async def publish(self, version: int) -> Swap:
-        """Push and prove. Raises SwapError when a replica's proof fails, InfrastructureError past the deadline."""
+        """Send and prove. Raises SwapError when a replica cannot prove it whatever is done, TrainersLostError when a
+        rank died meanwhile, InfrastructureError past the deadline.
+        """
+        deadline = TRIES * self._timeout + self._restart_timeout
         async with self._lock:
             try:
-                async with asyncio.timeout(TRIES * self._timeout):
-                    return await self._publish(version)
+                async with asyncio.timeout(deadline):
+                    self.last = await self._publish(version)
+                    return self.last
             except TimeoutError:
                 raise InfrastructureError(
-                    f"the swap to version {version} did not end within {TRIES * self._timeout:.0f} s; "
+                    f"the swap to version {version} did not end within {deadline:.0f} s; "
                     "look at the replicas' and trainer ranks' logs in the Ray dashboard"
                 ) from None
 
@@ -78,52 +86,70 @@ class PolicySwapper:
         return [member["replica_id"] for member in members if not member["proved"] and not member["swapping"]]
 
     async def _publish(self, version: int) -> Swap:
-        began = time.perf_counter()
+        began, mended = time.perf_counter(), list[str]()
+        shown = await self._send(version, None)
+        failed = [proof for proof in self._proofs(version, shown) if not proof.holds]
+        if failed:
+            mended.append(f"{_names(failed)} did not prove version {version} and got the weights again")
+            shown = _latest(shown, await self._send(version, [proof.replica_id for proof in failed]))
+            failed = [proof for proof in self._proofs(version, shown) if not proof.holds]
+        if failed:
+            told = failure_message(failed[0], await self._differing(failed[0].replica_id))
+            mended.append(f"{_names(failed)} did not prove version {version} again and was restarted")
+            await self._restart([proof.replica_id for proof in failed])
+            shown = await self._send(version, None)
+            if any(not proof.holds for proof in self._proofs(version, shown)):
+                raise SwapError(told)
+        seconds = time.perf_counter() - began
+        size = next((answer["bytes"] for answer in shown if "bytes" in answer), None)
+        return Swap(version, seconds, self._proofs(version, shown), mended, size)
+
+    async def _send(self, version: int, only: Sequence[str] | None) -> list[Shown]:
+        """To replicas that may come and go meanwhile."""
         for remaining in reversed(range(TRIES)):
             try:
-                await self._connect()
-                [push_seconds, *_] = await self._trainers.call("push", version, timeout=self._timeout)
-                break
+                return await self._transfer.send(version, await self._members(), only)
+            except TrainersLostError:
+                raise
             except Exception:
-                self._connected = set()
+                self._transfer.forget()
                 if not remaining:
                     raise
                 await asyncio.sleep(1.0)
-        expected = (await self._trainers.call("logprobs", self._canaries, timeout=self._timeout))[0]
-        proofs = await self._prove(version, [[float(x) for x in row] for row in expected])
-        self.last = Swap(version, time.perf_counter() - began, push_seconds, proofs)
-        return self.last
+        raise AssertionError
 
-    async def _connect(self) -> None:
+    async def _members(self) -> list[Member]:
         members = await self._replicas("describe")
-        ids = {member["replica_id"] for member in members}
-        if not ids:
+        if not members:
             raise InfrastructureError("the policy deployment has no live replica")
-        if ids == self._connected:
-            return
-        offsets, world_size = {}, 1
-        for member in members:
-            offsets[member["replica_id"]] = world_size
-            world_size += member["workers"]
-        self._canaries = canary_prompts(min(member["vocabulary"] for member in members))
-        await self._trainers.call("connect_engine", offsets, world_size, timeout=self._timeout)
-        self._connected = ids
+        return members
 
-    async def _prove(self, version: int, expected: list[list[float]]) -> list[Proof]:
-        answers = await self._replicas("prove", version, self._canaries, expected, self._tolerance)
-        proofs = [
+    def _proofs(self, version: int, shown: Sequence[Shown]) -> list[Proof]:
+        return [
             Proof(
                 answer["replica_id"],
                 version,
                 answer["max_logprob_diff"] if answer["version"] == version else float("inf"),
                 self._tolerance,
             )
-            for answer in answers
+            for answer in shown
         ]
-        for proof in proofs:
-            if not proof.holds:
-                raise SwapError(failure_message(proof, await self._differing(proof.replica_id)))
-        return proofs
+
+    async def _restart(self, replica_ids: Sequence[str]) -> None:
+        """Have Serve replace replicas, and wait until there are as many again."""
+        before = len(await self._members())
+        await self._replicas("give_up", list(replica_ids))
+        began = time.monotonic()
+        while time.monotonic() - began < self._restart_timeout:
+            await asyncio.sleep(1.0)
+            members = await self._members()
+            known = {member["replica_id"] for member in members}
+            if len(members) >= before and not known & set(replica_ids):
+                return
+        raise InfrastructureError(
+            f"replicas {', '.join(replica_ids)} were to be restarted and are not back after "
+            f"{self._restart_timeout:.0f} s; look at the controller's log in Ray's session folder"
+        )
 
     async def _differing(self, replica_id: str) -> dict[str, int]:
         trainer = (await self._trainers.call("probes", timeout=self._timeout))[0]
@@ -131,3 +157,12 @@ class PolicySwapper:
             if answer["replica_id"] == replica_id:
                 return differing_kinds(trainer, answer["probes"])
         return {}
+
+
+def _names(proofs: Sequence[Proof]) -> str:
+    return "replica " + ", ".join(f"{proof.replica_id} (off by {proof.max_logprob_diff:.1e})" for proof in proofs)
+
+
+def _latest(before: Sequence[Shown], after: Sequence[Shown]) -> list[Shown]:
+    """Each replica's last answer."""
+    return list({answer["replica_id"]: answer for answer in (*before, *after)}.values())

@@ -9,13 +9,15 @@ from __future__ import annotations
 import os
 import threading
 import time
+from typing import Any
 
-from lightning_ray.policy import gloo_transfer
+from lightning_ray.policy import gloo_transfer, object_transfer
 from lightning_ray.policy.probe import engine_probes
 
 PARENT_SECONDS = 1.0
 
 gloo_transfer.register()
+object_transfer.register()
 
 
 class WorkerExtension:
@@ -24,6 +26,12 @@ class WorkerExtension:
     def lightning_ray_probes(self) -> dict[str, float]:
         """One number for each parameter, as this worker computes with it."""
         return engine_probes(self.model_runner.model)  # type: ignore[attr-defined]
+
+    def lightning_ray_load(self, update_info: dict[str, Any]) -> None:
+        """A whole weight update in one call."""
+        self.start_weight_update()  # type: ignore[attr-defined]
+        self.update_weights(update_info)  # type: ignore[attr-defined]
+        self.finish_weight_update()  # type: ignore[attr-defined]
 
 
 def end_with_parent() -> None:

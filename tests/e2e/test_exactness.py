@@ -24,6 +24,7 @@ from lightning_ray.capture.keys import Claims, issue_key
 from lightning_ray.cluster import Cluster
 from lightning_ray.config import EngineSettings, RunnerSettings
 from lightning_ray.errors import SwapError
+from lightning_ray.policy.transfer import canaries_of
 from lightning_ray.progress import Reporter
 from lightning_ray.run import Run
 from lightning_ray.run_folder import RunFolder
@@ -187,10 +188,20 @@ async def test_a_swap_that_moved_nothing_is_refused_by_the_names_of_what_differs
     episodes, group = await run.play_groups(TASKS, 4, sampled=True)
     await run.update(batch_of(settle(episodes, group).trained, group))
     swapper: Any = run._swapper
-    canaries = swapper._canaries
-    expected = [[float(x) for x in row] for row in await run.cluster.trainers.logprobs(canaries)]
+    send = swapper._transfer.send
+
+    async def send_nothing(version: int, members: Any, only: Any = None) -> Any:
+        canaries = canaries_of(members)
+        expected = [[float(x) for x in row] for row in await run.cluster.trainers.logprobs(canaries)]
+        return await run.cluster.replicas("prove", version, canaries, expected, TOLERANCE)
+
+    async def no_restart(replica_ids: Any) -> None:
+        pass
+
+    restart, swapper._restart, swapper._transfer.send = swapper._restart, no_restart, send_nothing
     with pytest.raises(SwapError) as refused:
-        await swapper._prove(run.state.version, expected)
+        await run.publish(run.state.version)
+    swapper._restart, swapper._transfer.send = restart, send
     assert "lm_head.weight (tied to model.embed_tokens.weight)" in str(refused.value)
     assert "model.layers.*.mlp.down_proj.weight (2)" in str(refused.value)
     await run.publish(run.state.version + 1)

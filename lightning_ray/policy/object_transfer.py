@@ -1,0 +1,96 @@
+"""vLLM's weight transfer from a buffer that is there already: the object store's, without a group of processes.
+
+A replica fetches the buffer once and ``lend``s it to its engine: to one in the same process as it is, to one in another
+process of the machine as a file in memory. Reload and checks are vLLM's own; registered under the name ``object``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
+
+from lightning_ray.policy.flat_weights import Layout, unflatten
+from lightning_ray.policy.gloo_transfer import repack_embeddings
+
+BACKEND = "object"
+_lent: dict[str, Any] = {}
+_numbers = itertools.count()
+
+
+@contextmanager
+def lend(buffer: np.ndarray, same_process: bool) -> Iterator[str]:
+    """A name under which the engine's workers find the buffer."""
+    if same_process:
+        name = f"lent-{next(_numbers)}"
+        _lent[name] = buffer
+        try:
+            yield name
+        finally:
+            del _lent[name]
+        return
+    memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
+    with tempfile.NamedTemporaryFile(prefix="lightning-ray-", dir=memory) as file:
+        file.write(buffer.data)
+        file.flush()
+        yield file.name
+
+
+@contextmanager
+def borrowed(name: str) -> Iterator[Any]:
+    """The buffer of that name."""
+    if name in _lent:
+        yield _lent[name]
+        return
+    with Path(name).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as memory:
+        yield np.frombuffer(memory, np.uint8)
+
+
+@dataclass
+class ObjectInitInfo(WeightTransferInitInfo):
+    """Nothing has to be agreed upon before."""
+
+
+@dataclass
+class ObjectUpdateInfo(WeightTransferUpdateInfo):
+    """Where the weights are, and which."""
+
+    name: str
+    layout: Layout
+
+
+class ObjectWeightTransferEngine(NCCLWeightTransferEngine):
+    """Worker side: loads the tensors of a buffer in checkpoint format."""
+
+    init_info_cls = ObjectInitInfo  # type: ignore[assignment]
+    update_info_cls = ObjectUpdateInfo  # type: ignore[assignment]
+
+    def init_transfer_engine(self, init_info: ObjectInitInfo) -> None:  # type: ignore[override]
+        """Nothing to join."""
+
+    def receive_weights(self, update_info: ObjectUpdateInfo) -> None:  # type: ignore[override]
+        """Hand every tensor to the model's own loader, which copies it."""
+        with borrowed(update_info.name) as buffer:
+            self.model.load_weights(list(unflatten(buffer, update_info.layout)))
+
+    def finish_weight_update(self) -> None:
+        """Finalize the layerwise reload, then repack every matrix that the reload left behind."""
+        super().finish_weight_update()
+        repack_embeddings(self.model)
+
+
+def register() -> None:
+    """Make ``object`` known to this process's vLLM; harmless when repeated."""
+    if BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(BACKEND, ObjectWeightTransferEngine)
