@@ -60,18 +60,18 @@ class Relay:
 
     def __init__(self, upstreams: Mapping[str, Upstream], store: Store, secret: bytes):
         self.store = store
-        self.app = RelayApp(upstreams, secret, self._append, partial(spent_before, store))
+        self.relay = RelayApp(upstreams, secret, self._append, partial(spent_before, store))
 
     async def __serve_build_asgi_app__(self) -> RelayApp:
         """The app, in the replica's event loop."""
-        return self.app
+        return self.relay
 
     async def _append(self, rows: list[dict[str, Any]]) -> None:
         await self.store.append_spans(spans_to_batch(rows))
 
     async def status(self) -> dict[str, Any]:
         """As ``GET /status``."""
-        return await self.app.status()
+        return await self.relay.status()
 
 
 def app(args: RelaySettings) -> serve.Application:
