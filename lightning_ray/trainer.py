@@ -169,10 +169,7 @@ class Trainer:
 
         check_agent(agent)
         if missing := sorted(set(self.relays) - set(self.initial_resources or {})):
-            names = ", ".join(missing)
-            raise ConfigError(
-                f"dev() starts no relay: name what agents get for {names} in initial_resources, as lr.LLM"
-            )
+            raise ConfigError(f"dev() starts no relay: give an lr.LLM for {', '.join(missing)} by initial_resources")
         dev_algorithm(self.algorithm)
         check_resources(agent, self)
         count = TASKS if tasks is None else tasks
