@@ -139,15 +139,17 @@ class Policy:
             return None
         from lightning_ray.policy.object_transfer import lend
 
-        buffer = await offer["weights"][0]
+        parts = await offer["weights"][0]
         await self._freeze()
-        with lend(buffer, self.settings.chosen_process == "replica") as name:
+        began = time.perf_counter()
+        with lend(parts, self.settings.chosen_process == "replica") as name:
             update = {"name": name, "layout": [list(entry) for entry in offer["layout"]]}
             await self.engine.collective_rpc("lightning_ray_load", kwargs={"update_info": update})
+        applied = time.perf_counter() - began
         await self._thaw(version)
         expected = [[float(x) for x in row] for row in await offer["expected"][0]]
         shown = await self.prove(version, offer["canaries"], expected, offer["tolerance"])
-        return {**shown, "parameters": offer["parameters"], "bytes": offer["bytes"]}
+        return {**shown, "parameters": offer["parameters"], "bytes": offer["bytes"], "apply_seconds": applied}
 
     async def connect(self, init_info: dict[str, Any], offsets: dict[str, int]) -> str:
         """Join the trainer's transfer group; ``offsets`` gives the group rank of each replica's first worker."""

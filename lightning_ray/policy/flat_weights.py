@@ -1,59 +1,60 @@
-"""A model's weights as one flat buffer, and back: what travels through Ray's object store, without a rendezvous.
+"""A model's weights as plain bytes, and back: what travels through Ray's object store, without a rendezvous.
 
-The object store hands numpy bytes to readers on a node without a copy; torch tensors it would pickle.
+The object store takes numpy arrays with one copy and hands them to readers on a node with none; torch tensors it would
+pickle.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 
 Layout = list[tuple[str, str, list[int]]]
-"""Name, dtype and shape of each tensor, in the order of their bytes."""
+"""Name, dtype and shape of each tensor."""
 
 
-def flatten(weights: Iterable[tuple[str, torch.Tensor]]) -> tuple[np.ndarray, Layout]:
-    """The tensors' bytes one after the other (uint8), and their layout."""
+def as_bytes(weights: Iterable[tuple[str, torch.Tensor]]) -> tuple[list[np.ndarray], Layout]:
+    """The bytes of each tensor (uint8; views where the tensor is on the CPU), and their layout."""
     parts: list[np.ndarray] = []
     layout: Layout = []
     for name, tensor in weights:
-        whole = tensor.detach().contiguous().cpu()
-        parts.append(whole.view(-1).view(torch.uint8).numpy().copy())
+        whole = tensor.detach().cpu().contiguous()
+        parts.append(whole.view(-1).view(torch.uint8).numpy())
         layout.append((name, str(whole.dtype).removeprefix("torch."), list(whole.shape)))
-    return np.concatenate(parts), layout
+    return parts, layout
 
 
-def unflatten(buffer: Any, layout: Layout) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors, as views of the buffer. Raises ValueError if it is of another size than the layout."""
-    start = 0
-    flat = np.frombuffer(buffer, np.uint8)
-    expected = sum(size_of(dtype, shape) for _, dtype, shape in layout)
-    if expected != flat.nbytes:
-        raise ValueError(f"the weights have {flat.nbytes} bytes, their layout says {expected}")
-    for name, dtype, shape in layout:
-        end = start + size_of(dtype, shape)
-        yield name, as_tensor(flat[start:end]).view(getattr(torch, dtype)).view(shape)
-        start = end
+def as_tensors(parts: Sequence[np.ndarray], layout: Layout) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors, as views of their bytes. Raises ValueError if these are not what the layout says."""
+    if len(parts) != len(layout):
+        raise ValueError(f"there are {len(parts)} tensors, the layout names {len(layout)}")
+    for part, (name, dtype, shape) in zip(parts, layout, strict=True):
+        if part.nbytes != size_of(dtype, shape):
+            raise ValueError(f"{name} has {part.nbytes} bytes, not {size_of(dtype, shape)} of {dtype} {shape}")
+        yield name, _tensor(part).view(getattr(torch, dtype)).view(shape)
 
 
-def size_of(dtype: str, shape: list[int]) -> int:
+def split(flat: np.ndarray, layout: Layout) -> list[np.ndarray]:
+    """Bytes that lie end to end, tensor by tensor."""
+    ends = np.cumsum([size_of(dtype, shape) for _, dtype, shape in layout])
+    if len(ends) and ends[-1] != flat.nbytes:
+        raise ValueError(f"the weights have {flat.nbytes} bytes, their layout says {ends[-1]}")
+    return np.split(flat, ends[:-1])
+
+
+def size_of(dtype: str, shape: Sequence[int]) -> int:
     """Bytes of a tensor."""
     itemsize: int = getattr(torch, dtype).itemsize
     return itemsize * int(np.prod(shape, dtype=np.int64))
 
 
-def as_tensor(flat: np.ndarray) -> torch.Tensor:
-    """Bytes as a tensor that shares them; it is only read from."""
-    address, _ = flat.__array_interface__["data"]
+def _tensor(part: np.ndarray) -> torch.Tensor:
+    address, _ = part.__array_interface__["data"]
     if address % 8:
-        flat = flat.copy()  # a tensor's view wants its items aligned
-    if flat.flags.writeable:
-        return torch.from_numpy(flat)
-    import warnings
-
+        part = part.copy()  # a view of wider items wants them aligned
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch warns of memory that must not be written to
-        return torch.from_numpy(flat)
+        return torch.from_numpy(part)

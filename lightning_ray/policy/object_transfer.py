@@ -1,7 +1,7 @@
-"""vLLM's weight transfer from a buffer that is there already: the object store's, without a group of processes.
+"""vLLM's weight transfer from memory: bytes that came by the object store, without a group of processes.
 
-A replica fetches the buffer once and ``lend``s it to its engine: to one in the same process as it is, to one in another
-process of the machine as a file in memory. Reload and checks are vLLM's own; registered under the name ``object``.
+A replica fetches the weights once and ``lend``s them to its engine: to one in the same process as they are, to one in
+another process of the machine as a file in memory. Reload and checks are vLLM's own; its name is ``object``.
 """
 
 from __future__ import annotations
@@ -10,31 +10,30 @@ import itertools
 import mmap
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
-from lightning_ray.policy.flat_weights import Layout, unflatten
+from lightning_ray.policy.flat_weights import Layout, as_tensors, split
 from lightning_ray.policy.gloo_transfer import repack_embeddings
 
 BACKEND = "object"
-_lent: dict[str, Any] = {}
+_lent: dict[str, Sequence[np.ndarray]] = {}
 _numbers = itertools.count()
 
 
 @contextmanager
-def lend(buffer: np.ndarray, same_process: bool) -> Iterator[str]:
-    """A name under which the engine's workers find the buffer."""
+def lend(parts: Sequence[np.ndarray], same_process: bool) -> Iterator[str]:
+    """A name under which the engine's workers find the weights."""
     if same_process:
         name = f"lent-{next(_numbers)}"
-        _lent[name] = buffer
+        _lent[name] = parts
         try:
             yield name
         finally:
@@ -42,19 +41,20 @@ def lend(buffer: np.ndarray, same_process: bool) -> Iterator[str]:
         return
     memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
     with tempfile.NamedTemporaryFile(prefix="lightning-ray-", dir=memory) as file:
-        file.write(buffer.data)
+        for part in parts:
+            file.write(part.data)
         file.flush()
         yield file.name
 
 
 @contextmanager
-def borrowed(name: str) -> Iterator[Any]:
-    """The buffer of that name."""
+def borrowed(name: str, layout: Layout) -> Iterator[Sequence[np.ndarray]]:
+    """The weights of that name."""
     if name in _lent:
         yield _lent[name]
         return
     with Path(name).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as memory:
-        yield np.frombuffer(memory, np.uint8)
+        yield split(np.frombuffer(memory, np.uint8), layout)
 
 
 @dataclass
@@ -81,8 +81,8 @@ class ObjectWeightTransferEngine(NCCLWeightTransferEngine):
 
     def receive_weights(self, update_info: ObjectUpdateInfo) -> None:  # type: ignore[override]
         """Hand every tensor to the model's own loader, which copies it."""
-        with borrowed(update_info.name) as buffer:
-            self.model.load_weights(list(unflatten(buffer, update_info.layout)))
+        with borrowed(update_info.name, update_info.layout) as parts:
+            self.model.load_weights(list(as_tensors(parts, update_info.layout)))
 
     def finish_weight_update(self) -> None:
         """Finalize the layerwise reload, then repack every matrix that the reload left behind."""

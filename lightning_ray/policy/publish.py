@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from lightning_ray.net import free_port
-from lightning_ray.policy.flat_weights import flatten
+from lightning_ray.policy.flat_weights import as_bytes
 
 Broadcast = Callable[..., list[Any]]
 """Calls a control method, with its arguments, on every replica and returns their answers; raises past its deadline."""
@@ -95,8 +95,9 @@ class WeightPublisher:
             return None
         import ray
 
-        buffer, layout = flatten(self._weights.named_weights())
-        return {"weights": [ray.put(buffer)], "layout": layout, "parameters": len(layout), "bytes": buffer.nbytes}
+        parts, layout = as_bytes(self._weights.named_weights())
+        size = sum(part.nbytes for part in parts)
+        return {"weights": [ray.put(parts)], "layout": layout, "parameters": len(layout), "bytes": size}
 
     def push(self, version: int) -> float:
         """Send the weights as ``version``; returns the seconds it took."""

@@ -34,6 +34,8 @@ class Swap:
     """What was done about replicas that could not prove it at first."""
     bytes: int | None = None
     """Of the weights, where the replicas tell."""
+    apply_seconds: float | None = None
+    """Of the slowest replica's ``seconds`` those for loading the weights from its memory, where the replicas tell."""
 
     @property
     def max_logprob_diff(self) -> float:
@@ -102,7 +104,8 @@ class PolicySwapper:
                 raise SwapError(told)
         seconds = time.perf_counter() - began
         size = next((answer["bytes"] for answer in shown if "bytes" in answer), None)
-        return Swap(version, seconds, self._proofs(version, shown), mended, size)
+        applied = max((answer["apply_seconds"] for answer in shown if "apply_seconds" in answer), default=None)
+        return Swap(version, seconds, self._proofs(version, shown), mended, size, applied)
 
     async def _send(self, version: int, only: Sequence[str] | None) -> list[Shown]:
         """To replicas that may come and go meanwhile."""
