@@ -89,6 +89,22 @@ async def test_a_post_uses_the_line_once_it_stands(store: Store) -> None:
     assert (store.by_ray, store.by_line) == (3, 1)
 
 
+def test_uvloop_has_lines_too() -> None:
+    uvloop = pytest.importorskip("uvloop")
+
+    async def one() -> tuple[bytes, list[bytes]]:
+        store = Store()
+        post = Post(store)
+        await dial(post._dialer)
+        try:
+            return await ask(post, b"a", bytes(100_000))
+        finally:
+            store.server.close()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        assert runner.run(one()) == (b"a", [bytes(100_000)])
+
+
 async def test_a_defect_of_the_store_is_told(store: Store) -> None:
     post = Post(store)
     await dial(post._dialer)

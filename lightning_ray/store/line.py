@@ -205,11 +205,23 @@ class Dialer:
         try:
             address = await self._handle.line.remote()
             if address is not None:
-                loop = asyncio.get_running_loop()
-                _, self._line = await loop.create_unix_connection(Line, f"\0{address}")
+                self._line = await _connect(address)
                 self._not_before = 0.0
         except Exception as error:  # it is on another machine, or just died: Ray knows more
             logger.debug("no line to the store: %s", error)
+
+
+async def _connect(address: str) -> Line:
+    loop = asyncio.get_running_loop()
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        connection.setblocking(False)
+        await loop.sock_connect(connection, f"\0{address}")  # uvloop's own way knows no names of the kernel
+        _, line = await loop.create_unix_connection(Line, sock=connection)
+    except BaseException:
+        connection.close()
+        raise
+    return line
 
 
 def _parts(whole: pa.Buffer, sizes: Iterable[int]) -> Iterable[pa.Buffer]:
