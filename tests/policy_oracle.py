@@ -85,8 +85,9 @@ def batch_table(rows: dict[str, list]) -> pa.Table:
         "mask": pa.list_(pa.int8()),
         "logprobs": pa.list_(pa.float32()),
         "weight_versions": pa.list_(pa.int32()),
+        "step_rewards": pa.list_(pa.float32()),
     }
-    return pa.table({name: pa.array(rows[name], kind) for name, kind in types.items()})
+    return pa.table({name: pa.array(rows[name], kind) for name, kind in types.items() if name in rows})
 
 
 def grpo_advantages(table: pa.Table) -> dict[str, float]:

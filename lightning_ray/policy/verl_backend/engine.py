@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -73,6 +74,21 @@ class PaddedEngine(FSDPEngineWithLMHead):
         for module in self.module.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Compute without the LoRA adapter.
+
+        PEFT's own switch changes ``requires_grad`` too, which FSDP takes over from whatever weights it finds then.
+        """
+        layers = [module for module in self.module.modules() if hasattr(module, "lora_A")]
+        for layer in layers:
+            layer._disable_adapters = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer._disable_adapters = False
 
     def _build_optimizer(self, module: torch.nn.Module) -> torch.optim.Optimizer:
         """Over the weights that are trained: with LoRA, the adapter's alone."""
