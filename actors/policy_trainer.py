@@ -37,8 +37,6 @@ class PolicyTrainer:
 
     updater: PolicyUpdater
     publisher: WeightPublisher
-    version: int | None = None
-    """Of the weights pushed last, which are those that the next update trains."""
 
     def __init__(self, settings: UpdateSettings, rank: int, world_size: int) -> None:
         self.settings = settings
@@ -56,8 +54,8 @@ class PolicyTrainer:
 
         self.updater = PolicyUpdater(self.settings, self.rank, self.world_size, master_address, master_port)
 
-    def update(self, batch: pa.Table) -> dict[str, float]:
-        return self.updater.update(batch, self.version)
+    def update(self, batch: pa.Table, version: int | None = None) -> dict[str, float]:
+        return self.updater.update(batch, version)
 
     def logprobs(self, sequences: list[list[int]]) -> list[np.ndarray]:
         return self.updater.logprobs(sequences)
@@ -92,9 +90,7 @@ class PolicyTrainer:
 
     def push(self, version: int) -> float:
         """Send the weights to every replica as ``version``; returns the seconds it took."""
-        seconds = self.publisher.push(version)
-        self.version = version
-        return seconds
+        return self.publisher.push(version)
 
     def probes(self) -> dict[str, float]:
         """One number for each parameter, comparable with the engine's."""
@@ -144,9 +140,9 @@ class PolicyTrainerGroup:
             raise
         return group
 
-    async def update(self, batch: pa.Table, timeout: float = 600.0) -> dict[str, float]:
-        """Train on a batch; see ``PolicyUpdater.update``."""
-        return (await self.call("update", ray.put(batch), timeout=timeout))[0]
+    async def update(self, batch: pa.Table, version: int | None = None, timeout: float = 600.0) -> dict[str, float]:
+        """Train the weights of ``version`` on a batch; see ``PolicyUpdater.update``."""
+        return (await self.call("update", ray.put(batch), version, timeout=timeout))[0]
 
     async def logprobs(self, sequences: list[list[int]], timeout: float = 120.0) -> list[np.ndarray]:
         """Log probabilities under the present weights; see ``PolicyUpdater.logprobs``."""

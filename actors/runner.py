@@ -103,6 +103,6 @@ async def _calls(agent: LitAgent[Any], settings: RunnerSettings) -> AgentCalls |
         return None
     from lightning_ray.isolation.calls import CallsInProcesses
 
-    calls = CallsInProcesses(agent)
+    calls = CallsInProcesses(agent, settings.python)
     await calls.open(settings.concurrency)
     return calls

@@ -264,7 +264,7 @@ class Run:
     async def update(self, batch: pa.Table) -> dict[str, Any]:
         """One policy update on the trainer ranks; returns its figures, with ``seconds``."""
         began = time.perf_counter()
-        figures = await self.cluster.trainers.update(batch)
+        figures = await self.cluster.trainers.update(batch, self.state.version)
         return {**figures, "seconds": time.perf_counter() - began}
 
     def check_tokens(self, account: Account, max_staleness: int) -> None:

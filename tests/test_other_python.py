@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -51,24 +50,6 @@ def fake(folder: Path, version: str, lacks: str = "null") -> str:
     return program(folder / "python", f'#!/bin/sh\necho \'noise\n{{"version": [{version}], "lacks": {lacks}}}\'\n')
 
 
-@pytest.fixture
-def bare(tmp_path: Path) -> str:
-    """Another environment, without any package."""
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "env"], check=True, timeout=60)
-    return str(tmp_path / "env/bin/python")
-
-
-@pytest.fixture
-def environment(bare: str) -> str:
-    """Another environment, with the base dependencies: links to this one's packages, without the heavy ones."""
-    [packages] = Path(bare).parent.parent.glob("lib/python*/site-packages")
-    here = Path(pytest.__file__).parent.parent
-    for each in here.iterdir():
-        if not each.name.startswith(("torch", "vllm", "verl", "ray", "transformers", "__editable__", "distutils")):
-            (packages / each.name).symlink_to(each)
-    return bare
-
-
 async def played(agent: Any, python: str) -> AttemptTrace:
     """The trace of one attempt."""
     calls = CallsInProcesses(agent, python)
@@ -81,12 +62,12 @@ async def played(agent: Any, python: str) -> AttemptTrace:
 
 
 async def test_it_finds_ours_and_its_own_and_not_our_packages(
-    environment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    other_python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "user").mkdir()
     (tmp_path / "user/own_module.py").touch()
     monkeypatch.syspath_prepend(tmp_path / "user")
-    [span] = (await played(looks_around, environment)).as_spans()
+    [span] = (await played(looks_around, other_python)).as_spans()
     seen = lr.get_object_value(span)
     assert seen["prefix"] == str(tmp_path / "env") and seen["own_module"] and not seen["vllm"]
     assert {str(ROOT), str(tmp_path / "user")} <= set(seen["path"].split(os.pathsep))
@@ -128,9 +109,9 @@ async def test_what_is_no_python_is_quoted(tmp_path: Path) -> None:
         await played(looks_around, program(tmp_path / "python", "#!/bin/sh\necho I am a shell\n"))
 
 
-async def test_the_probe_of_a_bare_environment_names_what_it_lacks(bare: str) -> None:
+async def test_the_probe_of_a_bare_environment_names_what_it_lacks(bare_python: str) -> None:
     with pytest.raises(lr.AgentError, match=r"lacks '[a-z_]+', which lightning-ray needs"):
-        await played(looks_around, bare)
+        await played(looks_around, bare_python)
 
 
 async def test_it_is_asked_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

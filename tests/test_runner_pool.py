@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -104,6 +105,25 @@ async def test_a_killed_runners_rollouts_run_again_within_seconds_and_say_why(st
             assert "SIGKILL" in first.metadata["reason"] and str(victim) in first.metadata["reason"]
             assert second.worker_id != first.worker_id and second.start_time - killed < 5.0
         assert pids(pool) != [victim]
+
+
+@lr.rollout
+def tells_its_python(task: Any, llm: lr.LLM) -> None:
+    """Says which environment it runs in."""
+    import sys
+
+    lr.emit_object({"prefix": sys.prefix})
+
+
+async def test_another_environments_python_plays_the_agent(store: Store, other_python: str) -> None:
+    [rollout] = await store.enqueue_many_rollouts([Request(input={})])
+    settings = {"minimum": 1, "maximum": 1, "concurrency": 1, "python": other_python}
+    async with pool_of(store, tells_its_python, **settings):
+        [ended] = await store.wait_for_rollouts(rollout_ids=[rollout.rollout_id], timeout=60)
+    assert ended.status == "succeeded", ended.metadata
+    spans = await store.query_spans(rollout.rollout_id, "latest", name="agentlightning.object")
+    [told] = [json.loads(span.attributes["agentlightning.object.json"]) for span in spans]
+    assert told["prefix"] == str(Path(other_python).parent.parent)
 
 
 async def test_a_runner_that_crashes_leaves_its_last_words(store: Store) -> None:

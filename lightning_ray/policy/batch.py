@@ -42,6 +42,12 @@ class Batch:
         """Tokens of each row."""
         return np.diff(self.offsets)
 
+    def sampled_by(self, version: int | None) -> np.ndarray:
+        """Of each token, whether the weights of ``version`` sampled it; all, where that is not known."""
+        if version is None or self.weight_versions is None:
+            return np.ones(len(self.token_ids), bool)
+        return self.weight_versions == version
+
     def trained_per_row(self) -> np.ndarray:
         """Tokens with mask 1 of each row."""
         return np.add.reduceat(self.mask, self.offsets[:-1], dtype=np.int64)

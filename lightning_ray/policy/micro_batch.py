@@ -70,18 +70,22 @@ class Tally:
 
 
 class LogprobGap:
-    """How far the trainer's log probabilities of trained tokens are from the engine's, over all ranks."""
+    """How far the trainer's log probabilities of trained tokens are from the engine's, over all ranks; of the tokens
+    that were sampled with the weights about to be trained (``fresh``), as others may differ.
+    """
 
     def __init__(self) -> None:
         self._tally = Tally(peaks=("largest",))
 
     def add(self, logprobs: torch.Tensor, micro: TensorDict) -> None:
         """Count a micro batch; ``logprobs`` (B, T - 1) are the trainer's."""
-        gaps = (logprobs.cpu() - micro["logprobs"])[micro["wanted"]].abs()
+        gaps = (logprobs.cpu() - micro["logprobs"])[micro["wanted"] & (micro["fresh"] > 0)].abs()
         largest = float(gaps.max()) if len(gaps) else 0.0
         self._tally.add({"largest": largest, "total": float(gaps.sum()), "tokens": float(len(gaps))})
 
     def over_ranks(self, device: torch.device) -> dict[str, float]:
-        """The largest and the mean gap, in nats; collective."""
+        """The largest and the mean gap, in nats, if there was a token; collective."""
         total = self._tally.over_ranks(device)
+        if not total["tokens"]:
+            return {}
         return {"max_logprob_diff": total["largest"], "mean_logprob_diff": total["total"] / total["tokens"]}

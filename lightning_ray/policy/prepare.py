@@ -26,23 +26,23 @@ class Prepared:
     rollouts: np.ndarray
     """Indices of those that are trained, ascending."""
     columns: dict[str, np.ndarray]
-    """Of each token of the batch: ``logprobs`` (the engine's), ``old_logprobs``, ``advantages`` and, where asked for,
-    ``reference``."""
+    """Of each token of the batch: ``logprobs`` (the engine's), ``old_logprobs``, ``advantages``, ``fresh`` (whether the
+    weights about to be trained sampled it) and, where asked for, ``reference``."""
     figures: dict[str, float]
 
 
-def prepare(settings: UpdateSettings, batch: Batch, scorer: Scorer) -> Prepared:
+def prepare(settings: UpdateSettings, batch: Batch, scorer: Scorer, version: int | None = None) -> Prepared:
     """Score the batch and credit its tokens; collective. Raises ValueError if no rollout can be trained."""
     rollouts = trainable(settings, batch)
     rows = np.flatnonzero(np.isin(batch.row_rollout, rollouts))
     tokens = trained_tokens(batch, rollouts)
-    columns = {"logprobs": batch.logprobs, "old_logprobs": batch.logprobs}
+    columns = {"logprobs": batch.logprobs, "old_logprobs": batch.logprobs, "fresh": batch.sampled_by(version)}
     figures: dict[str, float] = {}
     if settings.old_logprobs == "trainer" or _penalised(settings):
         policy = scorer.policy(batch, rows)
         if settings.old_logprobs == "trainer":
             columns["old_logprobs"] = policy
-        figures |= _gap(policy, batch, tokens)
+        figures |= _gap(policy, batch, tokens, version)
     penalty = None
     if settings.reference.coefficient:
         columns["reference"] = scorer.reference(batch, rows)
@@ -84,7 +84,9 @@ def _advantages(
     return tokens.scatter(matrix, len(batch.token_ids))
 
 
-def _gap(policy: np.ndarray, batch: Batch, tokens: TrainedTokens) -> dict[str, float]:
-    """The largest and the mean difference between trainer and engine, in nats."""
-    gap = np.abs(policy - batch.logprobs)[tokens.flat]
+def _gap(policy: np.ndarray, batch: Batch, tokens: TrainedTokens, version: int | None) -> dict[str, float]:
+    """The largest and the mean difference between trainer and engine, in nats, of tokens that ``version`` sampled."""
+    gap = np.abs(policy - batch.logprobs)[tokens.flat][batch.sampled_by(version)[tokens.flat]]
+    if not len(gap):
+        return {"max_logprob_diff": 0.0, "mean_logprob_diff": 0.0}
     return {"max_logprob_diff": float(gap.max()), "mean_logprob_diff": float(gap.mean(dtype=np.float64))}

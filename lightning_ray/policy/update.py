@@ -77,7 +77,7 @@ class PolicyUpdater:
 
         batch = read_batch(table)
         with self._engine.train_mode():
-            prepared = prepare(self.settings, batch, self._scorer)
+            prepared = prepare(self.settings, batch, self._scorer, version)
             result = self._train(batch, prepared)
         trained = batch.trained_per_rollout()
         result |= staleness(batch, self.updates if version is None else version)

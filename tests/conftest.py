@@ -1,0 +1,27 @@
+"""Fixtures that several files use."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def bare_python(tmp_path: Path) -> str:
+    """Another environment, without any package."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "env"], check=True, timeout=60)
+    return str(tmp_path / "env/bin/python")
+
+
+@pytest.fixture
+def other_python(bare_python: str) -> str:
+    """Another environment, with the base dependencies: links to this one's packages, without the heavy ones."""
+    [packages] = Path(bare_python).parent.parent.glob("lib/python*/site-packages")
+    here = Path(pytest.__file__).parent.parent
+    for each in here.iterdir():
+        if not each.name.startswith(("torch", "vllm", "verl", "ray", "transformers", "__editable__", "distutils")):
+            (packages / each.name).symlink_to(each)
+    return bare_python
