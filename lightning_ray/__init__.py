@@ -65,6 +65,7 @@ from lightning_ray.tracing import (
     set_active_tracer,
 )
 from lightning_ray.trainer import Trainer
+from lightning_ray.trajectories.settings import BatchSettings, GroupPolicy, OverlongPenalty
 from lightning_ray.types import (
     LLM,
     Attempt,
@@ -121,6 +122,7 @@ __all__ = [
     "AttemptedRollout",
     "Attributes",
     "Baseline",
+    "BatchSettings",
     "CommandAgent",
     "ConfigError",
     "Dataset",
@@ -132,6 +134,7 @@ __all__ = [
     "FastAlgorithm",
     "FunctionalAlgorithm",
     "FunctionalLitAgent",
+    "GroupPolicy",
     "Hook",
     "InfrastructureError",
     "LightningRayError",
@@ -144,6 +147,7 @@ __all__ = [
     "OtelResource",
     "OtelTraceAdapter",
     "OtelTracer",
+    "OverlongPenalty",
     "PaginatedResult",
     "ParallelWorkerBase",
     "PromptTemplate",

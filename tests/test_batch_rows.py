@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lightning_ray as lr
+from lightning_ray.launch import Launch, launched
 from lightning_ray.trajectories.account import Account, batch_of, settle
 from lightning_ray.trajectories.episode import Episode
 from lightning_ray.trajectories.join import ModelCall, Trajectory, join_calls
@@ -68,6 +69,7 @@ def test_at_level_transition_each_call_is_a_row_in_the_order_of_the_calls() -> N
     assert found[1].logprobs.tolist() == [0, 0, 0, 0, 0, -1]
 
 
+@settings(deadline=None)
 @given(conversations())
 def test_concatenation_masks_and_turns(calls: list[ModelCall]) -> None:
     """A trajectory is its last call's tokens; what its calls sampled has mask 1, and nothing else."""
@@ -86,6 +88,7 @@ def test_concatenation_masks_and_turns(calls: list[ModelCall]) -> None:
         assert np.array_equal(t.mask, expected)
 
 
+@settings(deadline=None)
 @given(conversations(), st.sampled_from(["trajectory", "transition"]))
 def test_every_sampled_token_is_trained_once_over_all_rows(calls: list[ModelCall], level: Any) -> None:
     found = at_level(join_calls(calls), level)
@@ -109,6 +112,7 @@ def test_every_sampled_token_is_trained_once_over_all_rows(calls: list[ModelCall
         ]
 
 
+@settings(deadline=None)
 @given(conversations())
 def test_calls_are_joined_as_a_plain_reading_of_the_rule_says(calls: list[ModelCall]) -> None:
     """Each to the longest trajectory that its prompt extends, the first of those."""
@@ -161,8 +165,8 @@ def test_only_the_rows_past_a_limit_may_be_left_out(settings: Any, reason: str) 
 
 def test_a_row_is_cut_behind_its_last_sampled_token_that_fits() -> None:
     long = [*TRUNK, call([1, 2, 3, 4, 9, 5, 8, 8], [6, 6])]
-    for settings in ({"max_response_tokens": 5}, {"max_tokens": 7}):
-        found = rows(*long, on_response_too_long="truncate", on_too_long="truncate", **settings)
+    for limit in ({"max_response_tokens": 5}, {"max_tokens": 7}):
+        found = rows(*long, on_response_too_long="truncate", on_too_long="truncate", **limit)
         [row] = found.kept
         assert tokens(row) == [1, 2, 3, 4, 9, 5] and row.mask.tolist() == [0, 0, 1, 1, 0, 1]
         assert row.calls == 2 and found.truncated == 1 and not found.dropped
@@ -191,6 +195,7 @@ def test_rows_without_a_sampled_token_are_left_out_whatever_their_length() -> No
     assert mixed.refusal == ("too_long", "1 of 3 rows")
 
 
+@settings(deadline=None)
 @given(conversations(), st.integers(2, 12), st.sampled_from(["trajectory", "transition"]))
 def test_a_cut_row_is_the_beginning_of_the_whole_one(calls: list[ModelCall], limit: int, level: Any) -> None:
     whole = at_level(join_calls(calls), level)
@@ -216,7 +221,18 @@ def test_settings_refuse_what_makes_no_sense() -> None:
         ({"levels": "x"}, "level"),
     ):
         with pytest.raises(lr.ConfigError, match=message):
-            lr.GRPO(model="m", batch=values)
+            lr.GRPO(model="m", batch=values)  # type: ignore[arg-type]
+
+
+def test_settings_are_reached_by_their_dotted_names() -> None:
+    given = {"algorithm.batch.max_tokens": 64, "algorithm.batch.groups.no_variance": "resample"}
+    given |= {"algorithm.batch.overlong": {"max_tokens": 60, "cache_tokens": 10}}  # type: ignore[dict-item]
+    with launched(Launch(settings=dict(given))):
+        made = lr.Trainer(algorithm=lr.GRPO(model="m", batch=lr.BatchSettings(level="transition")))
+    batch = made.algorithm.batch
+    assert (batch.max_tokens, batch.level, batch.groups.no_variance) == (64, "transition", "resample")
+    assert batch.overlong == lr.OverlongPenalty(max_tokens=60, cache_tokens=10)
+    assert BatchSettings(**made.algorithm.settings()["batch"]) == batch
 
 
 # In the account

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from lightning_ray.semconv import SUPERSEDED_SPAN
 from lightning_ray.store.schema import spans_to_batch
 from lightning_ray.trajectories.account import settle, unusable
 from lightning_ray.trajectories.episode import Episode, read_episodes
-from lightning_ray.trajectories.selection import answered, captured_calls, of_agents
+from lightning_ray.trajectories.selection import answered, captured_calls, of_agents, rows_where
 from lightning_ray.types import Rollout
 
 ROLLOUT = Rollout(rollout_id="ro", input=1, start_time=0.0, status="succeeded")
@@ -59,6 +60,14 @@ def test_a_call_that_was_sent_again_counts_once() -> None:
     assert captured_calls(spans)["span_id"].to_pylist() == ["b", "c"]
     found = episode(first, again("a"), second, alike)
     assert found.calls == 2 and [t.token_ids.tolist() for t in found.trajectories] == [[1, 8], [1, 9]]
+
+
+def test_rows_are_chosen_and_not_copied_where_all_are() -> None:
+    spans = table(call("a", [1], [7]), call("b", [1], [8]))
+    assert rows_where(spans, pc.is_valid(spans["prompt_ids"])) is spans
+    assert rows_where(spans, pc.equal(spans["span_id"], "b"))["span_id"].to_pylist() == ["b"]
+    none = spans.slice(0, 0)
+    assert rows_where(none, pc.is_valid(none["prompt_ids"])).num_rows == 0
 
 
 def test_calls_that_broke_off_are_captured_and_do_not_count() -> None:

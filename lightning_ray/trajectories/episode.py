@@ -16,7 +16,7 @@ from lightning_ray.span import Span
 from lightning_ray.store.schema import read_spans
 from lightning_ray.trajectories.join import ModelCall, Trajectory, join_calls
 from lightning_ray.trajectories.rewards import Emitted, emitted_reward, value_of
-from lightning_ray.trajectories.selection import answered, captured_calls, of_agents
+from lightning_ray.trajectories.selection import answered, captured_calls, of_agents, rows_where
 from lightning_ray.trajectories.steps import Place
 from lightning_ray.types import Attempt, Rollout
 
@@ -58,7 +58,7 @@ def read_episodes(
     With ``agent_match``, only calls of agents in whose name it is found make trajectories.
     """
     episodes = {rollout.rollout_id: Episode(rollout) for rollout in rollouts}
-    counted = spans.filter(pc.is_in(spans["attempt_id"], pa.array(list(attempts.values()), pa.string())))
+    counted = rows_where(spans, pc.is_in(spans["attempt_id"], pa.array(list(attempts.values()), pa.string())))
     calls = answered(captured_calls(counted))
     for rollout_id, times in Counter(calls["rollout_id"].to_pylist()).items():
         episodes[rollout_id].calls = times

@@ -8,15 +8,29 @@ was traced, otherwise that of the tightest span which encloses it in time.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lightning_ray.adapters.reward_match import RewardMatchPolicy, match_rewards
 from lightning_ray.adapters.tree import TraceTree
 from lightning_ray.semconv import MODEL_CALL_NAMES
-from lightning_ray.span import Span
+from lightning_ray.span import OtelResource, Span, TraceStatus
 from lightning_ray.trajectories.rewards import Emitted, Weights, value_of
 
 _CALLS = frozenset(MODEL_CALL_NAMES.values())
+
+
+_NOTHING: dict[str, Any] = {
+    "rollout_id": "",
+    "attempt_id": "",
+    "sequence_id": 0,
+    "trace_id": "",
+    "status": TraceStatus(),
+    "attributes": {},
+    "events": [],
+    "links": [],
+    "resource": OtelResource(),
+}
+"""What else a span has."""
 
 
 class Place(NamedTuple):
@@ -44,18 +58,7 @@ def step_rewards(
 
 
 def _span(place: Place) -> Span:
-    span_id, parent_id, name, start, end = place
-    return Span.model_construct(
-        rollout_id="",
-        attempt_id="",
-        sequence_id=0,
-        trace_id="",
-        span_id=span_id,
-        parent_id=parent_id,
-        name=name,
-        start_time=start,
-        end_time=end,
-    )
+    return Span.model_construct(**_NOTHING, **place._asdict())
 
 
 def _lift(node: TraceTree) -> None:
