@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("transformers")
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from lightning_ray.capture import conversations as conversations_module
@@ -435,11 +435,12 @@ async def test_a_tokenizer_that_cleans_up_is_kept_from_it() -> None:
 
 
 TEXT = st.text(st.sampled_from("the waer<|im_end|>\n日é🙂\u200d"), max_size=12)
-RELAXED = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+RELAXED = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @RELAXED
 @given(st.lists(st.integers(0, 379), max_size=20), TEXT, st.booleans())
+@example([97], "<", False)
 def test_any_ids_come_back_before_any_text_that_follows(said: list[int], follows: str, known: bool) -> None:
     tokenizer = byte_level()
     conversations = Conversations(tokenizer)
@@ -455,6 +456,8 @@ def test_any_ids_come_back_before_any_text_that_follows(said: list[int], follows
 
 @RELAXED
 @given(st.lists(st.lists(st.integers(0, 379), max_size=8), max_size=5), st.lists(st.integers(0, 379), max_size=12))
+@example([[0], [0, 1]], [0, 0])
+@example([[0], [0, 3]], [0, 0])
 def test_whatever_is_known_and_asked_the_text_stays(known: list[list[int]], given: list[int]) -> None:
     for tokenizer in (byte_level(), sentencepiece_like()):
         conversations = Conversations(tokenizer)

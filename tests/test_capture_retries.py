@@ -11,7 +11,7 @@ from lightning_ray.capture.edge import Limits
 from lightning_ray.capture.retries import SentCall, SentCalls, digest_of, retry_of
 from lightning_ray.errors import InfrastructureError
 from lightning_ray.semconv import SUPERSEDED_SPAN
-from tests.capture_client import CHAT, Client, bearer
+from tests.capture_client import CHAT, Client, bearer, respond, sampling
 
 AT = ("ro-1", "at-1")
 
@@ -108,6 +108,10 @@ def test_the_number_of_a_retry_is_read(value: bytes, retry: int) -> None:
 class Retrying(Client):
     """A client that numbers its retries."""
 
+    def __init__(self, app: Any = None, limits: Limits | None = None) -> None:
+        super().__init__(app, limits)
+        self.calls: list[int] = []
+
     async def send(self, retry: int = 0, hold: bool = False, **body: Any) -> int:
         headers = [*bearer(*AT), (b"x-stainless-retry-count", str(retry).encode())]
 
@@ -178,12 +182,25 @@ async def test_a_call_that_ends_after_its_retry_began_counts_no_more() -> None:
 
 
 async def test_an_answer_that_was_an_error_was_given_up() -> None:
-    client = Retrying()
-    failed = asyncio.create_task(client.send(status=500))
-    good = asyncio.create_task(client.send(status=500, delay=0))
-    await asyncio.gather(failed, good)
-    await client.send(1, status=500)
-    assert len(client.counted()) == 2
+    """Its client sends it again, not the one like it that is still at work."""
+    answered = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        number = len(client.calls)
+        client.calls.append(number)
+        async with sampling([number], [7]):
+            if number == 0:
+                await answered.wait()
+        await respond(send, b"", status=500 if number == 1 else 200)
+
+    client = Retrying(app)
+    working = asyncio.create_task(client.send())
+    await asyncio.sleep(0.001)
+    assert await client.send() == 500
+    assert await client.send(1) == 200
+    answered.set()
+    assert await working == 200
+    assert sorted(row["prompt_ids"] for row in client.counted()) == [[0], [2]]
 
 
 async def test_a_retry_of_a_call_that_was_refused_supersedes_no_other() -> None:
