@@ -92,7 +92,8 @@ async def test_a_run_with_a_judge(fake: FakeUpstream, tmp_path: Path, monkeypatc
         assert len(episode.trajectories) == 1, "the judge's words are not trained on"
         assert episode.annotations["seen"] == [0.0] and episode.annotations["first"] == [1.0]
     kept = spans.to_pylist()
-    relayed = [span for span in kept if span["name"] == CALL and b"big-model-2026" in span["more"]]
+    # The agent's own client is traced too; what the relay saw names its upstream.
+    relayed = [span for span in kept if span["name"] == CALL and b"upstream" in span["more"]]
     assert len(relayed) == 4 and all(span["prompt_ids"] is None and span["status"] == "OK" for span in relayed)
     assert KEY.encode() not in b"".join(span["more"] for span in kept)
     assert KEY not in f"{resources}" and resources is not None
