@@ -1,0 +1,169 @@
+"""What does a proved weight swap take, with answers being sampled, over what loading the weights takes by itself?
+
+    python -m benchmarks.weights            an 83M model and a 0.6M one, by the object store and by gloo (4 minutes)
+    python -m benchmarks.weights --quick    by the object store alone, fewer swaps (2 minutes)
+
+The whole chain is real: Ray, Serve, vLLM, a trainer rank. A swap runs from the call of ``publish`` to the proof; apply is
+the time in which the replica's engine loads the same weights from its own memory, within that swap. Figures are
+medians. The last line of the output is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from openai import AsyncOpenAI
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+import lightning_ray as lr
+from benchmarks.store import Goal, bar, circumstances, verdict
+from lightning_ray.algorithms.grpo import GRPO
+from lightning_ray.cluster import Cluster
+from lightning_ray.config import EngineSettings, RunnerSettings
+from lightning_ray.progress import Reporter
+from lightning_ray.run import Run
+from lightning_ray.run_folder import RunFolder
+
+GOALS = (Goal("swap_over_apply_ratio", 1.4), Goal("swap_ms_tiny", 60))
+SIZES = {
+    "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "vocab_size": 1024},
+    "83m": {"hidden_size": 640, "intermediate_size": 1920, "num_hidden_layers": 12, "vocab_size": 32_000},
+}
+"""Qwen3 with tied embeddings: 0.6M and 83M parameters."""
+IN_FLIGHT = 4
+WARM_SWAPS = 3
+
+
+def make_model(folder: Path, size: str) -> None:
+    """A random model of that size, with a tokenizer of plain words."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+    shape = SIZES[size]
+    words = {"<pad>": 0, "<|end|>": 1, **{f"w{index}": index for index in range(2, shape["vocab_size"])}}
+    core = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<|end|>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content + ' ' }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    config = Qwen3Config(
+        **shape,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=shape["hidden_size"] // 4,
+        tie_word_embeddings=True,
+        max_position_embeddings=512,
+        eos_token_id=1,
+        pad_token_id=0,
+        bos_token_id=None,
+        dtype="float32",
+    )
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(config).float().save_pretrained(folder)
+
+
+@lr.rollout
+async def talks(task: Any, llm: lr.LLM) -> float:
+    """One long answer."""
+    client = AsyncOpenAI(base_url=llm.endpoint, api_key=llm.api_key)
+    asked: Any = {"ignore_eos": True}
+    await client.chat.completions.create(
+        model=llm.model, messages=[{"role": "user", "content": "w2 w3 w4"}], max_tokens=300, extra_body=asked
+    )
+    return 1.0
+
+
+async def swaps(folder: Path, size: str, transfer: Any, count: int, progress: Progress) -> list[Any]:
+    """So many swaps with answers in flight, after a few to get warm."""
+    engine = EngineSettings(max_model_len=512, kv_cache_memory_mb=64, transfer=transfer)
+    settings = GRPO(model=lambda made: make_model(made, size), ranks=1, engine=engine)
+    run_folder = RunFolder(folder / f"{size}-{transfer}")
+    run_folder.create(resume=False)
+    runners = RunnerSettings(minimum=1, maximum=1, concurrency=IN_FLIGHT)
+    run = Run(run_folder, Reporter(Console(quiet=True)), Cluster(), talks, {"train": [0]}, runners, False)
+    task = progress.add_task(f"{size} model by {transfer}", total=count + WARM_SWAPS)
+    try:
+        await run.start(settings)
+        load = asyncio.create_task(keep_busy(run))
+        found = []
+        for _ in range(count + WARM_SWAPS):
+            await asyncio.sleep(0.3)
+            await run.publish(run.state.version + 1)
+            found.append(run._swapper.last)
+            progress.advance(task)
+            if load.done():
+                load.result()
+        load.cancel()
+        await asyncio.gather(load, return_exceptions=True)
+        return found[WARM_SWAPS:]
+    finally:
+        await run.close()
+
+
+async def keep_busy(run: Run) -> None:
+    """Answers in flight, for ever."""
+    while True:
+        await run.play_groups([0] * (2 * IN_FLIGHT), 1, sampled=True)
+
+
+def figures_of(size: str, transfer: str, found: list[Any]) -> dict[str, Any]:
+    """Medians of one model's swaps."""
+    whole = median(swap.seconds for swap in found) * 1e3
+    figures = {f"swap_ms_{size}_{transfer}": round(whole, 1)}
+    applied = [swap.apply_seconds for swap in found if swap.apply_seconds is not None]
+    if applied:
+        ratios = [swap.seconds / swap.apply_seconds for swap in found]
+        figures[f"apply_ms_{size}"] = round(median(applied) * 1e3, 1)
+        figures[f"ratio_{size}"] = round(median(ratios), 2)
+        figures[f"gb_per_s_{size}"] = round(found[0].bytes / 1e9 / median(swap.seconds for swap in found), 2)
+    return figures
+
+
+async def measure(folder: Path, quick: bool, progress: Progress) -> dict[str, Any]:
+    """All figures."""
+    count = 8 if quick else 20
+    figures: dict[str, Any] = {}
+    for transfer in ("object",) if quick else ("object", "gloo"):
+        for size in SIZES:
+            figures |= figures_of(size, transfer, await swaps(folder, size, transfer, count, progress))
+    return {
+        "swap_over_apply_ratio": figures.pop("ratio_83m"),
+        "swap_ms_tiny": figures["swap_ms_tiny_object"],
+        "swaps": count,
+        **figures,
+    }
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--quick", action="store_true", help="by the object store alone, fewer swaps")
+    quick = arguments.parse_args().quick
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr), bar() as progress:
+        figures = asyncio.run(measure(Path(folder), quick, progress))
+    figures |= circumstances(quick)
+    table = Table(title=f"weight swaps, {figures['machine']}, {figures['date']}")
+    for column in ("figure", "measured", "target", ""):
+        table.add_column(column, justify="left" if column in ("figure", "") else "right", no_wrap=True)
+    for goal in GOALS:
+        table.add_row(goal.key, f"{figures[goal.key]:,}", f"≤ {goal.target:,}", verdict(figures[goal.key], goal))
+    for key in sorted(figures.keys() - {goal.key for goal in GOALS}):
+        table.add_row(key, str(figures[key]), "", "")
+    Console(width=100).print(table)
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""Swaps that go wrong on the way: each ends proved, or stopped with a named error; never silent, never hanging.
+
+Faults are put into the real actors: what trainer rank 0 exports, how long it takes, who is killed when.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from rich.console import Console
+
+from lightning_ray.algorithms.grpo import GRPO
+from lightning_ray.cluster import Cluster
+from lightning_ray.config import EngineSettings, RunnerSettings
+from lightning_ray.errors import TrainersLostError
+from lightning_ray.progress import Reporter
+from lightning_ray.run import Run
+from lightning_ray.run_folder import RunFolder
+from tests.e2e.tiny import make_tiny_model, two_turns
+
+pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module")]
+TASKS = [{"question": "w1 w2", "length": 6}]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def run(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Run]:
+    folder = RunFolder(tmp_path_factory.mktemp("runs") / "faults")
+    folder.create(resume=False)
+    engine = EngineSettings(replicas=2, max_model_len=128, kv_cache_memory_mb=16)
+    settings = GRPO(model=make_tiny_model, ranks=1, engine=engine)
+    runners = RunnerSettings(minimum=1, maximum=1, concurrency=8)
+    run = Run(folder, Reporter(Console(quiet=True)), Cluster(), two_turns, {"train": TASKS}, runners, False)
+    try:
+        await run.start(settings)
+        yield run
+    finally:
+        await run.close()
+
+
+async def at_rank_0(run: Run, change: Callable[[Any], None]) -> None:
+    await run.cluster.trainers.ranks[0].__ray_call__.remote(change)
+
+
+def spoiling(times: int, spoil: Callable[[list[Any], list[Any]], None]) -> Callable[[Any], None]:
+    """Spoils what the next ``times`` exports hand out."""
+
+    def change(rank: Any) -> None:
+        export, left = rank.publisher.export, [times]
+
+        def spoiled() -> Any:
+            import ray
+
+            offer = export()
+            if left[0] > 0:
+                left[0] -= 1
+                parts = [part.copy() for part in ray.get(offer["weights"][0])]
+                layout = list(offer["layout"])
+                spoil(parts, layout)
+                offer = {**offer, "weights": [ray.put(parts)], "layout": layout}
+            return offer
+
+        rank.publisher.export = spoiled
+
+    return change
+
+
+def flip(parts: list[Any], layout: list[Any]) -> None:
+    index = next(i for i, (name, _, _) in enumerate(layout) if "down_proj" in name)
+    values = parts[index].view("float32")
+    values *= -1
+
+
+def drop(parts: list[Any], layout: list[Any]) -> None:
+    index = next(i for i, (name, _, _) in enumerate(layout) if "q_proj" in name)
+    del parts[index], layout[index]
+
+
+async def still_works(run: Run) -> None:
+    """Every replica proved the version, and a rollout trains under it."""
+    members = await run.cluster.replicas("describe")
+    assert len(members) == 2 and all(m["proved"] and m["version"] == run.state.version for m in members)
+    episodes, _ = await run.play_groups(TASKS, 2, sampled=True)
+    versions = {int(v) for e in episodes for t in e.trajectories for v in t.weight_versions[t.mask == 1]}
+    assert versions == {run.state.version}
+
+
+@pytest.mark.parametrize("spoil", [flip, drop])
+async def test_weights_that_were_spoiled_once_are_sent_again(run: Run, spoil: Any) -> None:
+    # Other weights, so that what is missing shows.
+    await at_rank_0(run, other_weights)
+    await at_rank_0(run, spoiling(1, spoil))
+    await run.publish(run.state.version + 1)
+    swap = run._swapper.last
+    assert swap is not None and len(swap.mended) == 1 and "got the weights again" in swap.mended[0]
+    await still_works(run)
+
+
+def other_weights(rank: Any) -> None:
+    import torch
+
+    with torch.no_grad():
+        for parameter in rank.updater._engine.module.parameters():
+            parameter.mul_(1.01)
+
+
+async def test_a_replica_that_dies_in_the_middle_does_not_stop_the_swap(run: Run) -> None:
+    def slow(rank: Any) -> None:
+        logprobs = rank.updater.logprobs
+
+        def later(sequences: Any) -> Any:
+            time.sleep(2.0)
+            rank.updater.logprobs = logprobs
+            return logprobs(sequences)
+
+        rank.updater.logprobs = later
+
+    await at_rank_0(run, slow)
+    victim = (await run.cluster.replicas("describe"))[0]
+    publishing = asyncio.create_task(run.publish(run.state.version + 1))
+    await asyncio.sleep(1.0)  # its weights are loaded, the proof waits for the trainer's logprobs
+    os.kill(victim["pid"], signal.SIGKILL)
+    await asyncio.wait_for(publishing, 120)
+    deadline = time.monotonic() + 120
+    while True:
+        members = await run.cluster.replicas("describe")
+        if len(members) == 2 and all(m["proved"] for m in members):
+            break
+        assert time.monotonic() < deadline, members
+        await asyncio.sleep(0.5)
+    assert victim["replica_id"] not in {m["replica_id"] for m in members}
+    await still_works(run)
+
+
+async def test_replicas_that_cannot_be_mended_are_restarted(run: Run) -> None:
+    await at_rank_0(run, other_weights)
+    before = {m["replica_id"] for m in await run.cluster.replicas("describe")}
+    await at_rank_0(run, spoiling(2, flip))
+    await asyncio.wait_for(run.publish(run.state.version + 1), 240)
+    swap = run._swapper.last
+    assert swap is not None and "was restarted" in swap.mended[-1]
+    assert not before & {m["replica_id"] for m in await run.cluster.replicas("describe")}
+    await still_works(run)
+
+
+async def test_a_rank_that_dies_in_the_push_is_named(run: Run) -> None:
+    def dies(rank: Any) -> None:
+        rank.publisher.export = lambda: os.kill(os.getpid(), signal.SIGKILL)
+
+    await at_rank_0(run, dies)
+    with pytest.raises(TrainersLostError, match=r"trainer rank 0 died during 'export'"):
+        await asyncio.wait_for(run.publish(run.state.version + 1), 60)
+    await run.restart_trainers("it was killed")
+    await still_works(run)
