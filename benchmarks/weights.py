@@ -3,8 +3,8 @@
     python -m benchmarks.weights            an 83M model and a 0.6M one, by the object store and by gloo (4 minutes)
     python -m benchmarks.weights --quick    by the object store alone, fewer swaps (2 minutes)
 
-The whole chain is real: Ray, Serve, vLLM, a trainer rank. A swap runs from the call of ``publish`` to the proof; apply is
-the time in which the replica's engine loads the same weights from its own memory, within that swap. Figures are
+The whole chain is real: Ray, Serve, vLLM, a trainer rank. A swap runs from the call of ``publish`` to the proof. Apply
+is the time in which the replica's engine loads the same weights from its own memory, within that swap. Figures are
 medians. The last line of the output is one JSON object.
 """
 
