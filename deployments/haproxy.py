@@ -19,6 +19,8 @@ KEY = r'req.hdrs,regsub("^[^\x01]*(lr1\.[^.]*)\.[^\x01]*$","\1")'
 """The attempt's key among a request's headers, whichever carries it."""
 BUFFER_BYTES = 256 * 2**10
 """A request up to this size can be sent again."""
+BUFFERED = "option http-buffer-request"
+"""Without it, only one whose headers and body came in one piece could be."""
 
 _WRAPPER = """#!/bin/sh
 # HAProxy with its own metrics and statistics on loopback.
@@ -48,7 +50,7 @@ def haproxy_environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port("127.0.0.1")),
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(BUFFER_BYTES),
-        "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": f"hash '{KEY}'\n    hash-type consistent",
+        "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": f"hash '{KEY}'\n    hash-type consistent\n    {BUFFERED}",
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
         "RAY_SERVE_HAPROXY_RETRIES": "1",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
