@@ -87,7 +87,8 @@ async def begin(run: Run) -> Attempt:
 async def given(run: Run) -> Counter[str]:
     """How many calls HAProxy has given to each replica."""
     assert run.cluster._temp is not None
-    reader, writer = await asyncio.open_unix_connection(run.cluster._temp / "haproxy" / "admin.sock")
+    [admin] = (run.cluster._temp / "haproxy").glob("*/admin.sock")
+    reader, writer = await asyncio.open_unix_connection(admin)
     writer.write(b"show stat\n")
     rows = csv.DictReader((await reader.read()).decode().removeprefix("# ").splitlines())
     writer.close()
