@@ -2,6 +2,7 @@
 
 config.json      the resolved settings            metrics.jsonl    one line for each step and validation
 tensorboard/     the same as curves               reward.png       the curve to look at first
+steps.jsonl      the rollouts of each step
 checkpoints/     step-000030/ in Hugging Face format, with the state of the training; ``latest`` names the last
 store/           every span and rollout           summary.json     the figures at the end
 """
@@ -25,15 +26,19 @@ README = """# Run {name}
 | `reward.png` | reward and validation over the steps |
 | `metrics.jsonl` | one JSON object for each step and each validation |
 | `tensorboard/` | the same for `tensorboard --logdir` |
+| `steps.jsonl` | for each step the groups of rollouts that it settled, in order, and the version of the weights |
 | `config.json` | the resolved settings |
 | `ray.json` | while it runs: Ray's address and namespace, and the name of the store's actor |
 | `checkpoints/` | models in Hugging Face format, each with the state of its training; `latest` names the last |
 | `store/` | every rollout and span: `lightning-ray spans "SELECT ..." FOLDER`, or `lightning_ray.store.open_folder` |
 
 `lightning-ray doctor FOLDER` tells what became of every rollout, and why some gave no training data.
+`lightning-ray replay FOLDER --step N` trains a step again from the store, with the same or other settings.
 Continue it with `lightning-ray train ... --name {name} --resume`.
 """
 KEPT_CHECKPOINTS = 3
+METRICS = "metrics.jsonl"
+STEPS = "steps.jsonl"
 
 
 class RunFolder:
@@ -99,18 +104,28 @@ class RunFolder:
         return state
 
     def truncate_metrics(self, step: int) -> None:
-        """Forget metrics of what will be made again after a resume at ``step``.
+        """Forget metrics and rollouts of what will be made again after a resume at ``step``.
 
         A training row has the step's number from 0, a validation row the number of steps before it.
         """
-        file = self.path / "metrics.jsonl"
-        if file.exists():
-            kept = [row for row in self.metrics() if row["step"] < step + (row["kind"] != "train")]
-            file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        for name in (METRICS, STEPS):
+            file = self.path / name
+            if file.exists():
+                kept = [row for row in self._lines(name) if row["step"] < step + (row.get("kind", "train") != "train")]
+                file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+    def append_step(self, line: dict[str, Any]) -> None:
+        """Add to steps.jsonl what a step is made of."""
+        with (self.path / STEPS).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def steps(self) -> dict[int, dict[str, Any]]:
+        """The lines of steps.jsonl by step."""
+        return {line["step"]: line for line in self._lines(STEPS)}
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Add a line to metrics.jsonl and its numbers to TensorBoard."""
-        with (self.path / "metrics.jsonl").open("a") as file:
+        with (self.path / METRICS).open("a") as file:
             file.write(json.dumps(row) + "\n")
         if self._board is None:
             from tensorboardX import SummaryWriter
@@ -122,8 +137,12 @@ class RunFolder:
                 self._board.add_scalar(f"{row['kind']}/{name}", value, row["step"])
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All whole lines of metrics.jsonl; a run that was killed may leave half a line at the end."""
-        file = self.path / "metrics.jsonl"
+        """All lines of metrics.jsonl."""
+        return self._lines(METRICS)
+
+    def _lines(self, name: str) -> list[dict[str, Any]]:
+        """All whole lines of a file; a run that was killed may leave half a line at the end."""
+        file = self.path / name
         lines = file.read_text().split("\n")[:-1] if file.exists() else []
         return [json.loads(line) for line in lines]
 

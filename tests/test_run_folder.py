@@ -133,6 +133,29 @@ def test_a_resume_forgets_what_will_be_made_again_and_nothing_else(folder: RunFo
     assert found == [("val", 0), ("train", 0), ("train", 1), ("train", 2), ("val", 3), ("test", 0)]
 
 
+def test_what_a_step_settled_is_a_line_and_is_forgotten_with_it(folder: RunFolder) -> None:
+    assert folder.steps() == {}
+    for step in (0, 1, 2, 2):
+        folder.append_step({"step": step, "version": step, "groups": [["g", ["a", "b"]]], "trained": 2})
+    with (folder.path / "steps.jsonl").open("a") as file:
+        file.write('{"step": 3, "gro')
+    folder.truncate_metrics(2)
+    folder.append_step({"step": 2, "version": 7, "groups": [], "trained": 0})
+    assert {step: line["version"] for step, line in folder.steps().items()} == {0: 0, 1: 1, 2: 7}
+
+
+def test_the_record_of_a_step_keeps_the_order_of_its_groups() -> None:
+    from lightning_ray.algorithms.loop import Played
+
+    played = Played(group_of={"b": "g2", "a": "g2", "c": "g1"}, groups=["g2", "g1"])
+    assert played.record(3, 5) == {
+        "step": 3,
+        "version": 5,
+        "groups": [("g2", ["b", "a"]), ("g1", ["c"])],
+        "trained": 0,
+    }
+
+
 @pytest.mark.parametrize(
     "rows",
     [

@@ -38,6 +38,14 @@ class Played:
     groups: list[str] = field(default_factory=list)
     account: Account = field(default_factory=Account)
 
+    def record(self, step: int, version: int) -> dict[str, Any]:
+        """The line of steps.jsonl: what the step settled, in its order, under the weights of ``version``."""
+        groups: dict[str, list[str]] = {}
+        for rollout_id, group_id in self.group_of.items():
+            groups.setdefault(group_id, []).append(rollout_id)
+        trained = len(self.account.trained)
+        return {"step": step, "version": version, "groups": list(groups.items()), "trained": trained}
+
 
 class TrainingLoop:
     """One run's steps."""
@@ -86,6 +94,7 @@ class TrainingLoop:
         began = time.perf_counter()
         await self._flow.fill(run.state.version)
         played = await self._collect()
+        run.folder.append_step(played.record(step, run.state.version))
         sampled_seconds = time.perf_counter() - began
         update: dict[str, Any] = {}
         if played.account.trained:
