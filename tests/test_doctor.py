@@ -207,6 +207,18 @@ def test_a_step_that_was_played_anew_counts_once(bench: Bench, recorded: bool) -
     assert not examine(view, facts, rollout_id="nobody").diagnoses
 
 
+def test_a_step_that_names_its_groups_is_known_by_them(bench: Bench) -> None:
+    """Groups that were queued under one version may be trained in several steps, and in any order."""
+    for group in ("late", "early", "other"):
+        for index in range(2):
+            bench.rollout(f"{group}-{index}", good(), reward=float(index), group=group, step=0)
+    lines = [line(0, 1) | {"groups": ["early"]}, line(1, 2, 4) | {"groups": ["late", "other"]}]
+    report = bench.examine(Facts(lines))
+    steps = {each.rollout_id[:-2]: (each.reason, each.step) for each in report.diagnoses}
+    assert steps == {"early": (TRAINED, 0), "late": (TRAINED, 1), "other": (TRAINED, 1)}
+    assert not report.contradictions
+
+
 def test_a_run_that_stopped_in_its_first_step_is_explained(bench: Bench) -> None:
     """All rollouts failed: no step was settled, and still each says why."""
     for number in range(3):

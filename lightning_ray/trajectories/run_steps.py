@@ -15,20 +15,24 @@ CHUNK = 512
 def settled_steps(rollouts: Sequence[Rollout], lines: Sequence[Mapping[str, Any]] | None) -> dict[str, int]:
     """Rollout id -> the step that was settled with it.
 
-    A step is known by the number in its rollouts' metadata, otherwise by the weight version they were queued under.
-    One that was played anew after an interruption was settled with the rollouts played last.
+    A step's line may name its ``groups``. Without them it is known by the number in its rollouts' metadata, otherwise
+    by the weight version they were queued under; one that was played anew after an interruption was settled with the
+    rollouts played last.
     """
+    named = {group: line["step"] for line in lines or () for group in line.get("groups") or ()}
     waiting: defaultdict[tuple[str, int], list[str]] = defaultdict(list)
     for rollout in rollouts:
         metadata = rollout.metadata or {}
-        if "group_id" in metadata and rollout.status in TERMINAL_ROLLOUT:
+        if "group_id" in metadata and metadata["group_id"] not in named and rollout.status in TERMINAL_ROLLOUT:
             for key in ("step", "weight_version"):
                 if key in metadata:
                     waiting[key, metadata[key]].append(rollout.rollout_id)
                     break
-    steps: dict[str, int] = {}
+    steps = {r.rollout_id: named[group] for r in rollouts if (group := group_of(r)) in named}
     versions = [0, *(line["weight_version"] for line in lines or ())]
     for line, version in reversed(list(zip(lines or (), versions, strict=False))):
+        if line.get("groups"):
+            continue
         queue = waiting.get(("step", line["step"])) or waiting.get(("weight_version", version)) or []
         count = line["rollouts"]
         steps.update(dict.fromkeys(queue[-count:], line["step"]))
