@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 from openai import AsyncOpenAI
 
+from lightning_ray.capture.audience import relayed
 from lightning_ray.capture.keys import Claims, issue_key
 from lightning_ray.relay.app import RelayApp
 from lightning_ray.relay.settings import Upstream
@@ -51,10 +52,10 @@ class Relayed:
 
     def client(self, attempt: str = "at-1", upstream: str = "judge", **options: Any) -> AsyncOpenAI:
         base = ProxyLLM(endpoint=f"{self.address}/to/{upstream}/v1", model="m").get_base_url("ro-1", attempt)
-        return AsyncOpenAI(base_url=base, api_key=self.key(attempt), **{"max_retries": 0, **options})
+        return AsyncOpenAI(base_url=base, api_key=self.key(attempt, upstream), **{"max_retries": 0, **options})
 
-    def key(self, attempt: str = "at-1") -> str:
-        return issue_key(SECRET, Claims("ro-1", attempt, time.time() + 60))
+    def key(self, attempt: str = "at-1", upstream: str = "judge") -> str:
+        return issue_key(SECRET, Claims("ro-1", attempt, time.time() + 60, {}, relayed(upstream)))
 
     def http(self) -> httpx.AsyncClient:
         return httpx.AsyncClient(headers={"authorization": f"Bearer {self.key()}"}, base_url=self.address, timeout=20)

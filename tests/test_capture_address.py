@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from lightning_ray.agent_names import to_header
 from lightning_ray.capture.address import Address, Caller, Headers, identify, key_of
+from lightning_ray.capture.audience import audience_of, relayed
 from lightning_ray.capture.keys import Claims, KeyRefused, issue_key, operator_key
 
 SECRET = b"s" * 32
@@ -104,3 +105,12 @@ def test_a_key_comes_by_either_header(given: Headers, key: str) -> None:
 def test_a_request_without_a_key_is_told_how_to_send_it(given: Headers) -> None:
     with pytest.raises(KeyRefused, match="x-api-key"):
         key_of(given)
+
+
+def test_a_key_of_another_endpoint_opens_nothing_here() -> None:
+    judge = headers(key=issue_key(SECRET, Claims("ro-1", "at-1", 9e9, {}, relayed("judge"))).encode())
+    address = Address.of(f"/rollout/ro-1/attempt/at-1{CHAT}")
+    with pytest.raises(KeyRefused, match="the key opens 'relay:judge', not 'policy'; use the api_key of the resource"):
+        identify(SECRET, address, judge)
+    assert identify(SECRET, address, judge, relayed("judge")).attempt_id == "at-1"
+    assert audience_of("http://h:1/relay/to/judge/v1") == "relay:judge" and audience_of("http://h:1/v1") == "policy"

@@ -117,7 +117,7 @@ async def test_anthropics_client_meets_a_broken_stream_too(relayed: Relayed) -> 
     anthropic = pytest.importorskip("anthropic")
     await relayed.start()
     base = f"{relayed.address}/to/claude/rollout/ro-1/attempt/at-1"
-    client = anthropic.AsyncAnthropic(base_url=base, api_key=relayed.key(), max_retries=0)
+    client = anthropic.AsyncAnthropic(base_url=base, api_key=relayed.key(upstream="claude"), max_retries=0)
     asked = {"model": "c", "max_tokens": 50, "messages": [{"role": "user", "content": "hi"}]}
     with pytest.raises(anthropic.APIError, match="broke off"):
         async for _ in await client.messages.create(**asked, stream=True, extra_body={"drop_after": 4}):

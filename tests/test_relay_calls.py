@@ -137,7 +137,7 @@ async def test_anthropics_client(relayed: Relayed) -> None:
     anthropic = pytest.importorskip("anthropic")
     await relayed.start()
     base = f"{relayed.address}/to/claude/rollout/ro-1/attempt/at-1"
-    client = anthropic.AsyncAnthropic(base_url=base, api_key=relayed.key(), max_retries=0)
+    client = anthropic.AsyncAnthropic(base_url=base, api_key=relayed.key(upstream="claude"), max_retries=0)
     asked = {"model": "c", "max_tokens": 50, "messages": [{"role": "user", "content": "hi"}]}
     answer = await client.messages.create(**asked)
     assert answer.content[0].text == "echo hi"
@@ -206,7 +206,7 @@ async def test_two_upstreams_by_name_and_the_status(relayed: Relayed) -> None:
     await relayed.start()
     async with relayed.http() as http:
         assert (await http.post(CHAT, json=ask())).status_code == 200
-        asked = {"x-api-key": relayed.key()}
+        asked = {"authorization": f"Bearer {relayed.key(upstream='claude')}"}
         claude = "/to/claude/rollout/ro-1/attempt/at-1/v1/messages"
         assert (await http.post(claude, json=ask(), headers=asked)).status_code == 200
         unknown = await http.post("/to/nobody/rollout/ro-1/attempt/at-1/v1/messages", json=ask())

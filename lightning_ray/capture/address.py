@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from lightning_ray.agent_names import AGENT_HEADER, from_header
+from lightning_ray.capture.audience import POLICY
 from lightning_ray.capture.keys import Claims, KeyRefused, open_key
 
 _ADDRESS = re.compile(
@@ -54,11 +55,13 @@ class Address:
         return cls(unquote(found["path"]), parts["rollout"], parts["attempt"], parts["agent"])
 
 
-def identify(secret: bytes, address: Address, headers: Headers) -> Caller:
-    """The caller. Raises KeyRefused, with the reason, for a key that does not open the address."""
+def identify(secret: bytes, address: Address, headers: Headers, audience: str = POLICY) -> Caller:
+    """Who calls the endpoint ``audience``. Raises KeyRefused, with the reason, for a key that does not open it."""
     claims = open_key(secret, key_of(headers))
     if not claims.attempt_id:
         raise KeyRefused("the operator's key opens no attempt")
+    if claims.audience != audience:
+        raise KeyRefused(f"the key opens {claims.audience!r}, not {audience!r}; use the api_key of the resource called")
     if address.rollout_id is not None and not _opens(claims, address):
         raise KeyRefused(f"the key belongs to attempt {claims.attempt_id}, not {address.attempt_id}")
     return Caller(claims.rollout_id, claims.attempt_id, _header_agent(headers) or address.agent, claims.sampling)

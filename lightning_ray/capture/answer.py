@@ -32,7 +32,7 @@ class Answer:
     """
 
     def __init__(
-        self, request: CapturedRequest, dialect: Dialect, append: Append, send: Send, version: Callable[[], int]
+        self, request: CapturedRequest, dialect: Dialect, append: Append, send: Send, version: Callable[[], int | None]
     ):
         self.delivered = False
         """Whether the last byte went out."""
@@ -77,12 +77,18 @@ class Answer:
                 return
         if message["type"] == "http.response.start":
             self.failed = message["status"] >= 400
-            version = self._request.versions() or str(self._version())
-            message = {**message, "headers": [*message.get("headers", ()), (VERSION_HEADER, version.encode())]}
+            message = self._with_version(message)
         self._began = True
         await self._send(message)
         if message["type"] == "http.response.body" and not message.get("more_body"):
             self.delivered = True
+
+    def _with_version(self, message: Message) -> Message:
+        version = self._request.versions() or self._version()
+        if version is None:
+            return message
+        header = (VERSION_HEADER, str(version).encode())
+        return {**message, "headers": [*message.get("headers", ()), header]}
 
     async def end(self) -> None:
         """The app is done, or the client hung up: then what was sampled until now is stored."""

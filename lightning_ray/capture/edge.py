@@ -16,6 +16,7 @@ from urllib.parse import quote, unquote
 
 from lightning_ray.capture.address import Address, Caller, identify, key_of
 from lightning_ray.capture.answer import Answer, Append, Message, Send
+from lightning_ray.capture.audience import POLICY
 from lightning_ray.capture.call import CapturedRequest, current_request
 from lightning_ray.capture.dialects import DIALECTS, Dialect
 from lightning_ray.capture.images import MARK, Image, by_reference
@@ -48,10 +49,12 @@ class Backend:
 
     ready: Callable[[], Awaitable[str | None]]
     """Waits until it may serve; gives the reason if it does not become ready in time."""
-    version: Callable[[], int]
-    """The weight version that serves now."""
+    version: Callable[[], int | None]
+    """The weight version that serves now; None where there are none."""
     status: Callable[[], Awaitable[dict[str, Any]]]
     """What ``GET /status`` answers to holders of the operator's key."""
+    audience: str = POLICY
+    """Whose keys open it."""
 
 
 class CaptureEdge:
@@ -94,7 +97,7 @@ class CaptureEdge:
             await refuse(send, None, 404, f"{address.path} is not captured; use one of {known}")
             return
         try:
-            caller = identify(self.secret, address, scope["headers"])
+            caller = identify(self.secret, address, scope["headers"], self.backend.audience)
         except KeyRefused as refused:
             await refuse(send, dialect, 401, str(refused))
             return

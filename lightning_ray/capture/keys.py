@@ -16,6 +16,8 @@ from typing import Any
 
 import msgpack
 
+from lightning_ray.capture.audience import POLICY
+
 PREFIX = "lr1"
 SIGNATURE_BYTES = 16
 
@@ -32,6 +34,8 @@ class Claims:
     attempt_id: str
     expires: float
     sampling: dict[str, Any] = field(default_factory=dict)
+    audience: str = POLICY
+    """The endpoint it opens: the policy, or one that is relayed."""
 
 
 def _encode(raw: bytes) -> str:
@@ -48,7 +52,9 @@ def _sign(secret: bytes, payload: bytes) -> bytes:
 
 def issue_key(secret: bytes, claims: Claims) -> str:
     """The API key of one attempt."""
-    payload: bytes = msgpack.packb([claims.rollout_id, claims.attempt_id, claims.expires, claims.sampling])
+    payload: bytes = msgpack.packb(
+        [claims.rollout_id, claims.attempt_id, claims.expires, claims.sampling, claims.audience]
+    )
     return f"{PREFIX}.{_encode(payload)}.{_encode(_sign(secret, payload))}"
 
 
@@ -75,7 +81,7 @@ def open_key(secret: bytes, key: str, now: float | None = None) -> Claims:
         raise KeyRefused("the key is damaged") from error
     if not hmac.compare_digest(given, _sign(secret, payload)):
         raise KeyRefused("the key's signature is wrong: it belongs to another run or was changed")
-    rollout_id, attempt_id, expires, sampling = msgpack.unpackb(payload)
+    rollout_id, attempt_id, expires, sampling, audience = msgpack.unpackb(payload)
     if (time.time() if now is None else now) > expires:
         raise KeyRefused(f"the key of attempt {attempt_id} has expired")
-    return Claims(rollout_id, attempt_id, expires, sampling)
+    return Claims(rollout_id, attempt_id, expires, sampling, audience)

@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning_ray.capture.address import key_of
 from lightning_ray.capture.answer import Append
+from lightning_ray.capture.audience import relayed
 from lightning_ray.capture.edge import Backend, CaptureEdge, Receive, Scope, Send
 from lightning_ray.capture.keys import KeyRefused, open_operator_key
 from lightning_ray.capture.refusal import refuse, respond
@@ -17,7 +18,6 @@ from lightning_ray.relay.settings import Upstream, check_upstreams
 from lightning_ray.relay.spend import Spend
 
 _TO = re.compile(r"^/to/(?P<name>[^/]+)(?P<path>/.*)$")
-NO_VERSION = -1
 
 Restore = Callable[[], Awaitable[Mapping[str, Spend]]]
 """What was spent before this process began, by upstream."""
@@ -38,7 +38,7 @@ class RelayApp:
         self._restore = restore
         self._restoring: asyncio.Task[None] | None = None
         self._edges = {
-            name: CaptureEdge(forwarder, secret, append, self._backend(forwarder))
+            name: CaptureEdge(forwarder, secret, append, self._backend(name, forwarder))
             for name, forwarder in self.forwarders.items()
         }
 
@@ -73,12 +73,12 @@ class RelayApp:
         for forwarder in self.forwarders.values():
             await forwarder.close()
 
-    def _backend(self, forwarder: Forwarder) -> Backend:
+    def _backend(self, name: str, forwarder: Forwarder) -> Backend:
         async def status() -> dict[str, Any]:
             await self._ready()
             return forwarder.status()
 
-        return Backend(self._ready, lambda: NO_VERSION, status)
+        return Backend(self._ready, lambda: None, status, relayed(name))
 
     async def _ready(self) -> str | None:
         """What was spent before is known first: it may be all that may be spent."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from lightning_ray.capture.audience import audience_of
 from lightning_ray.capture.keys import Claims, issue_key
 from lightning_ray.errors import AgentError
 from lightning_ray.store.base import Store
@@ -44,5 +45,5 @@ class ResourceBook:
     def _own(self, llm: ProxyLLM, rollout: AttemptedRollout, expires: float) -> ProxyLLM:
         seed = (rollout.metadata or {}).get("seed")
         sampling = llm.sampling_parameters if seed is None else {**llm.sampling_parameters, "seed": seed}
-        claims = Claims(rollout.rollout_id, rollout.attempt.attempt_id, expires, sampling)
+        claims = Claims(rollout.rollout_id, rollout.attempt.attempt_id, expires, sampling, audience_of(llm.endpoint))
         return llm.model_copy(update={"api_key": issue_key(self._secret, claims)})
