@@ -1,0 +1,60 @@
+"""How much of the hardware reaches the learning?
+
+    python -m benchmarks.training            (about 5 minutes on 2 cores)
+    python -m benchmarks.training --quick    (about 2 minutes)
+
+``update_tokens_per_cpu_s_ratio`` is the update's tokens per CPU second over those of a bare PyTorch loop with the same
+loss (``training_update``). The last line of the output is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import training_update
+from benchmarks.store import Goal, circumstances, verdict
+
+GOALS = (
+    Goal("update_tokens_per_cpu_s_ratio", 0.85, least=True),
+    Goal("update_tokens_per_cpu_s_ratio_8m", 0.85, least=True),
+)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--quick", action="store_true", help="fewer windows")
+    quick = arguments.parse_args().quick
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with contextlib.redirect_stdout(sys.stderr):
+        figures: dict[str, Any] = training_update.measure(windows=5 if quick else 15)
+    figures |= circumstances(quick)
+    show(figures)
+    print(json.dumps(figures))
+
+
+def show(figures: dict[str, Any]) -> None:
+    """The table of figures with goals, and the others."""
+    table = Table(title=f"training, {figures['machine']}, {figures['date']}")
+    for column in ("figure", "measured", "target", ""):
+        table.add_column(column, justify="left" if column in ("figure", "") else "right", no_wrap=True)
+    for goal in GOALS:
+        value = figures[goal.key]
+        table.add_row(goal.key, f"{value:,}", f"{'≥' if goal.least else '≤'} {goal.target:,}", verdict(value, goal))
+    others = Table(title="other figures", show_header=False)
+    for key in sorted(figures.keys() - {goal.key for goal in GOALS}):
+        others.add_row(key, str(figures[key]))
+    console = Console(width=100)
+    console.print(table)
+    console.print(others)
+
+
+if __name__ == "__main__":
+    main()
