@@ -145,7 +145,10 @@ class PolicySwapper:
         began = time.monotonic()
         while time.monotonic() - began < self._restart_timeout:
             await asyncio.sleep(1.0)
-            members = await self._members()
+            try:
+                members = await self._members()
+            except Exception:  # while all are being replaced there is none to answer
+                continue
             known = {member["replica_id"] for member in members}
             if len(members) >= before and not known & set(replica_ids):
                 return
