@@ -18,6 +18,8 @@ from contextlib import contextmanager
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from rich.console import Console
+from rich.table import Table
 
 from lightning_ray.emitter.rewards import reward_attributes
 from lightning_ray.semconv import AGL_ANNOTATION
@@ -36,7 +38,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} rollouts")
     count = QUICK if parser.parse_args().quick else ROLLOUTS
-    print(json.dumps(measure(count), indent=1))
+    figures = measure(count)
+    table = Table(title="training batches", show_header=False)
+    for key, value in figures.items():
+        table.add_row(key, f"{value:,}")
+    Console(width=100).print(table)
+    print(json.dumps(figures))
 
 
 def measure(rollouts: int) -> dict[str, float]:

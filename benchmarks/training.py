@@ -4,7 +4,9 @@
     python -m benchmarks.training --quick    (about 2 minutes)
 
 ``update_tokens_per_cpu_s_ratio`` is the update's tokens per CPU second over those of a bare PyTorch loop with the same
-loss (``training_update``). The last line of the output is one JSON object.
+loss (``training_update``); ``multi_turn_tokens_ratio`` the tokens of an 8-turn agent's rows in trajectory mode over those
+in transition mode (``batches``); the others are of two whole runs, without and with overlap of playing and training
+(``training_async``). The last line of the output is one JSON object.
 """
 
 from __future__ import annotations
@@ -19,12 +21,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import training_update
+from benchmarks import batches, training_async, training_update
 from benchmarks.store import Goal, circumstances, verdict
 
 GOALS = (
     Goal("update_tokens_per_cpu_s_ratio", 0.85, least=True),
     Goal("update_tokens_per_cpu_s_ratio_8m", 0.85, least=True),
+    Goal("multi_turn_tokens_ratio", 0.30),
+    Goal("max_logprob_diff", 1e-4),
+    Goal("async_speedup", 1.6, least=True),
+    Goal("unproved_tokens_trained", 0),
+    Goal("stale_tokens_beyond_bound", 0),
 )
 
 
@@ -35,6 +42,8 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with contextlib.redirect_stdout(sys.stderr):
         figures: dict[str, Any] = training_update.measure(windows=5 if quick else 15)
+        figures["multi_turn_tokens_ratio"] = batches.measure(batches.QUICK)["multi_turn_tokens_ratio"]
+        figures |= training_async.measure(steps=8 if quick else 20)
     figures |= circumstances(quick)
     show(figures)
     print(json.dumps(figures))
