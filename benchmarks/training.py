@@ -4,9 +4,9 @@
     python -m benchmarks.training --quick    (about 2 minutes)
 
 ``update_tokens_per_cpu_s_ratio`` is the update's tokens per CPU second over those of a bare PyTorch loop with the same
-loss (``training_update``); ``multi_turn_tokens_ratio`` the tokens of an 8-turn agent's rows in trajectory mode over those
-in transition mode (``batches``); the others are of two whole runs, without and with overlap of playing and training
-(``training_async``). The last line of the output is one JSON object.
+loss (``training_update``); ``multi_turn_tokens_ratio`` the tokens of an 8-turn agent's rows in trajectory mode over
+those in transition mode (``batches``); the others are of two whole runs, without and with overlap of playing and
+training (``training_async``). The last line of the output is one JSON object.
 """
 
 from __future__ import annotations
