@@ -51,16 +51,15 @@ class StubEngine:
             await asyncio.sleep(0)
 
     def _output(self, request_id: str, prompt_ids: list[int], first: int, end: int, params: Any) -> Any:
-        from vllm.logprobs import Logprob
+        from vllm.logprobs import append_logprobs_for_next_position, create_sample_logprobs
         from vllm.outputs import CompletionOutput, RequestOutput
 
         ids, pieces = self.sampled_ids[first:end], self._pieces[first:end]
         logprobs = None
         if params.logprobs is not None:
-            logprobs = [
-                {token: Logprob(logprob_of(index), 1, piece)}
-                for index, (token, piece) in enumerate(zip(ids, pieces, strict=True), first)
-            ]
+            logprobs = create_sample_logprobs(params.flat_logprobs)
+            for index, (token, piece) in enumerate(zip(ids, pieces, strict=True), first):
+                append_logprobs_for_next_position(logprobs, [token], [logprob_of(index)], [piece], 1, params.logprobs)
         completion = CompletionOutput(
             index=0,
             text="".join(pieces),

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.compute as pc
 from ray import serve
 
+from lightning_ray.capture.append import SharedAppend
 from lightning_ray.capture.conversations import Attempt, Conversations
 from lightning_ray.capture.edge import Backend, CaptureEdge, Limits
 from lightning_ray.capture.engine import CapturedEngine
@@ -80,7 +81,7 @@ class Policy:
         await init_app_state(self.engine, app.state, args, tasks)
         limits = Limits(settings.max_body_mb * 2**20, settings.max_calls_per_attempt)
         backend = Backend(self._ready, lambda: self.describe()["version"], self.status)
-        return CaptureEdge(app, self.secret, self._append, backend, limits)
+        return CaptureEdge(app, self.secret, SharedAppend(self._append), backend, limits)
 
     def _engine_place(self) -> AbstractContextManager[None]:
         if self.settings.chosen_process == "own":
@@ -139,17 +140,25 @@ class Policy:
             return None
         from lightning_ray.policy.object_transfer import lend
 
+        clock = {"began": time.perf_counter()}
         parts = await offer["weights"][0]
+        clock["fetch"] = time.perf_counter()
         await self._freeze()
-        began = time.perf_counter()
+        clock["freeze"] = time.perf_counter()
         with lend(parts, self.settings.chosen_process == "replica") as name:
             update = {"name": name, "layout": [list(entry) for entry in offer["layout"]]}
             await self.engine.collective_rpc("lightning_ray_load", kwargs={"update_info": update})
-        applied = time.perf_counter() - began
+        clock["apply"] = time.perf_counter()
         await self._thaw(version)
+        clock["thaw"] = time.perf_counter()
         expected = [[float(x) for x in row] for row in await offer["expected"][0]]
+        clock["expected"] = time.perf_counter()
         shown = await self.prove(version, offer["canaries"], expected, offer["tolerance"])
-        return {**shown, "parameters": offer["parameters"], "bytes": offer["bytes"], "apply_seconds": applied}
+        clock["prove"] = time.perf_counter()
+        phases = {
+            name: end - begin for (name, end), begin in zip(list(clock.items())[1:], clock.values(), strict=False)
+        }
+        return {**shown, "parameters": offer["parameters"], "bytes": offer["bytes"], "phases": phases}
 
     async def connect(self, init_info: dict[str, Any], offsets: dict[str, int]) -> str:
         """Join the trainer's transfer group; ``offsets`` gives the group rank of each replica's first worker."""

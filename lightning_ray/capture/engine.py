@@ -165,6 +165,7 @@ def prepare(sampling_params: Any, request: CapturedRequest) -> tuple[Any, bool]:
     hide = params.num_logprobs is None
     if hide:
         params.logprobs = 0
+        params.flat_logprobs = True  # lists of numbers, rather than two objects for each token
     request.sampling_used = {name: getattr(params, name) for name in (*FORCED, "n", "stop", "max_tokens", "seed")}
     return params, hide
 
@@ -200,7 +201,7 @@ def record(output: Any, sequences: dict[int, SampledSequence], params: Any, hide
             sequence.cached_tokens = getattr(output, "num_cached_tokens", None)
             sequence.queue_seconds = queue_seconds(getattr(output, "metrics", None))
         ids = list(completion.token_ids)
-        logprobs = [entry[token].logprob for token, entry in zip(ids, completion.logprobs or (), strict=True)]
+        logprobs = sampled_logprobs(ids, completion.logprobs or ())
         if params.output_kind == RequestOutputKind.DELTA:
             sequence.sampled_ids += ids
             sequence.logprobs += logprobs
@@ -211,6 +212,16 @@ def record(output: Any, sequences: dict[int, SampledSequence], params: Any, hide
         if hide:
             completion.logprobs = None
             completion.cumulative_logprob = None
+
+
+def sampled_logprobs(ids: list[int], entries: Any) -> list[float]:
+    """The logprob of each sampled id; flat entries hold a position's sampled id first."""
+    firsts = getattr(entries, "start_indices", None)
+    if firsts is None:
+        return [entry[token].logprob for token, entry in zip(ids, entries, strict=True)]
+    if [entries.token_ids[first] for first in firsts] != ids:
+        raise RuntimeError("the engine's logprobs are of other tokens than it sampled")
+    return [entries.logprobs[first] for first in firsts]
 
 
 def queue_seconds(metrics: Any) -> float | None:
