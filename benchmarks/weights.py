@@ -122,12 +122,11 @@ def figures_of(size: str, transfer: str, found: list[Any]) -> dict[str, Any]:
     """Medians of one model's swaps."""
     whole = median(swap.seconds for swap in found) * 1e3
     figures = {f"swap_ms_{size}_{transfer}": round(whole, 1)}
-    applied = [swap.apply_seconds for swap in found if swap.apply_seconds is not None]
-    if applied:
-        ratios = [swap.seconds / swap.apply_seconds for swap in found]
-        figures[f"apply_ms_{size}"] = round(median(applied) * 1e3, 1)
-        figures[f"ratio_{size}"] = round(median(ratios), 2)
-        figures[f"gb_per_s_{size}"] = round(found[0].bytes / 1e9 / median(swap.seconds for swap in found), 2)
+    if all(swap.phases for swap in found):
+        figures[f"ratio_{size}"] = round(median(swap.seconds / swap.phases["apply"] for swap in found), 2)
+        figures[f"gb_per_s_{size}"] = round(found[0].bytes / 1e6 / whole, 2)
+        for name in found[0].phases:
+            figures[f"{name}_ms_{size}"] = round(median(swap.phases[name] for swap in found) * 1e3, 1)
     return figures
 
 

@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 
 LOGICAL_CPUS = 16
 """Ray's CPUs are bookkeeping here: a laptop with two cores holds every actor of a small run."""
-OBJECT_STORE_BYTES = 256 * 2**20
+OBJECT_STORE_BYTES = 2**30
+"""Room for the weights of a small model, twice; memory is taken as it is used."""
 BASE_MEMORY = int(1.5 * 2**30)
 REPLICA_MEMORY = int(0.9 * 2**30)
 """With the engine in its process; in its own, half as much again."""

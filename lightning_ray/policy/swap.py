@@ -34,8 +34,10 @@ class Swap:
     """What was done about replicas that could not prove it at first."""
     bytes: int | None = None
     """Of the weights, where the replicas tell."""
-    apply_seconds: float | None = None
-    """Of the slowest replica's ``seconds`` those for loading the weights from its memory, where the replicas tell."""
+    phases: dict[str, float] = field(default_factory=dict)
+    """Seconds of each part, of the replica that loaded longest, where they tell: ``apply`` loads the weights from the
+    replica's own memory.
+    """
 
     @property
     def max_logprob_diff(self) -> float:
@@ -96,16 +98,17 @@ class PolicySwapper:
             shown = _latest(shown, await self._send(version, [proof.replica_id for proof in failed]))
             failed = [proof for proof in self._proofs(version, shown) if not proof.holds]
         if failed:
-            told = failure_message(failed[0], await self._differing(failed[0].replica_id))
+            reason = failure_message(failed[0], await self._differing(failed[0].replica_id))
             mended.append(f"{_names(failed)} did not prove version {version} again and was restarted")
             await self._restart([proof.replica_id for proof in failed])
             shown = await self._send(version, None)
             if any(not proof.holds for proof in self._proofs(version, shown)):
-                raise SwapError(told)
+                raise SwapError(reason)
         seconds = time.perf_counter() - began
         size = next((answer["bytes"] for answer in shown if "bytes" in answer), None)
-        applied = max((answer["apply_seconds"] for answer in shown if "apply_seconds" in answer), default=None)
-        return Swap(version, seconds, self._proofs(version, shown), mended, size, applied)
+        told = [answer["phases"] for answer in shown if "phases" in answer]
+        phases = max(told, key=lambda each: each["apply"], default={})
+        return Swap(version, seconds, self._proofs(version, shown), mended, size, phases)
 
     async def _send(self, version: int, only: Sequence[str] | None) -> list[Shown]:
         """To replicas that may come and go meanwhile."""

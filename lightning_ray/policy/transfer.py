@@ -10,6 +10,7 @@ Each answers with what every replica showed of its canaries; what that proves is
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
@@ -21,7 +22,8 @@ Replicas = Callable[..., Awaitable[list[Any]]]
 Member = dict[str, Any]
 """What a replica says of itself: ``Policy.describe``."""
 Shown = dict[str, Any]
-"""What a replica showed: ``replica_id``, ``version``, ``max_logprob_diff``, and maybe ``parameters`` and ``bytes``."""
+"""What a replica showed: ``replica_id``, ``version``, ``max_logprob_diff``, and maybe ``parameters``, ``bytes`` and
+``phases`` (seconds of each part of the swap, in order)."""
 
 
 class Trainers(Protocol):
@@ -59,8 +61,9 @@ class ObjectTransfer:
 
     async def send(self, version: int, members: Sequence[Member], only: Sequence[str] | None = None) -> list[Shown]:
         """One call for each replica: fetch, freeze, load, go on, prove."""
-        canaries = canaries_of(members)
+        canaries, began = canaries_of(members), time.perf_counter()
         [weights, *_] = await self._trainers.call("export", timeout=self._timeout)
+        export = time.perf_counter() - began
         expected = self._trainers.begin("logprobs", canaries)
         offer = {**weights, "canaries": canaries, "expected": expected[:1], "tolerance": self._tolerance}
         swapping = asyncio.ensure_future(self._replicas("swap", version, offer, only))
@@ -69,7 +72,8 @@ class ObjectTransfer:
             async with asyncio.timeout(self._timeout):
                 await asyncio.wait({swapping, computing}, return_when=asyncio.FIRST_EXCEPTION)
                 await computing
-                return [shown for shown in await swapping if shown is not None]
+                found = [shown for shown in await swapping if shown is not None]
+                return [{**shown, "phases": {"export": export, **shown["phases"]}} for shown in found]
         finally:
             swapping.cancel()
             computing.cancel()
