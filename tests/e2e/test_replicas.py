@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import anthropic
 import openai
 import pytest
 import pytest_asyncio
@@ -62,15 +63,21 @@ class Attempt:
     client: openai.AsyncOpenAI
     heard: list[list[int]] = field(default_factory=list)
 
-    async def call(self, **options: Any) -> None:
+    async def call(self) -> None:
         """One call, which no SDK sends again."""
         answer: Any = await self.client.chat.completions.create(
             model="policy",
             messages=[{"role": "user", "content": "w1 w2"}],
             max_tokens=24,
-            extra_body={"return_token_ids": True, "ignore_eos": True, **options},
+            extra_body={"return_token_ids": True, "ignore_eos": True},
         )
         self.heard.append(answer.choices[0].token_ids)
+
+    async def call_by_key_alone(self) -> None:
+        """A call of Anthropic's client, which says whose it is by another header and by no path."""
+        root = str(self.client.base_url).partition("/rollout/")[0]
+        client = anthropic.AsyncAnthropic(base_url=root, api_key=self.client.api_key, max_retries=0)
+        await client.messages.create(model="policy", messages=[{"role": "user", "content": "w1 w2"}], max_tokens=8)
 
 
 async def begin(run: Run) -> Attempt:
@@ -100,8 +107,9 @@ async def test_calls_of_one_attempt_go_to_one_replica_and_attempts_are_spread(ru
     for _ in range(16):
         attempt = await begin(run)
         before = await given(run)
-        for _ in range(3):
-            await attempt.call()
+        await attempt.call()
+        await attempt.call_by_key_alone()
+        await attempt.call()
         to = (await given(run)) - before
         assert list(to.values()) == [3], to
         used.update(to.keys())
