@@ -23,7 +23,7 @@ from ray import serve
 from lightning_ray.capture.append import SharedAppend
 from lightning_ray.capture.conversations import Attempt, Conversations
 from lightning_ray.capture.edge import Backend, CaptureEdge, Limits
-from lightning_ray.capture.engine import CapturedEngine
+from lightning_ray.capture.engine import CANARY, CapturedEngine
 from lightning_ray.config import EngineSettings
 from lightning_ray.policy.engine_arguments import engine_arguments
 from lightning_ray.policy.engine_load import EngineLoad
@@ -67,11 +67,14 @@ class Policy:
         from vllm.utils.argparse_utils import FlexibleArgumentParser
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        from lightning_ray.policy.canary_scheduler import with_canaries_first
+
         settings = self.settings
         parser = make_arg_parser(FlexibleArgumentParser())
         args = parser.parse_args(engine_arguments(self.model, self.model_name, settings))
         engine_args = AsyncEngineArgs.from_cli_args(args)
         config = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
+        with_canaries_first(config.scheduler_config)
         with self._engine_place():
             self.engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True, stat_loggers=[self.load.logger()])
         conversations = Conversations(self.engine.renderer.tokenizer, self._said) if settings.continuation else None
@@ -149,12 +152,13 @@ class Policy:
             update = {"name": name, "layout": [list(entry) for entry in offer["layout"]]}
             await self.engine.collective_rpc("lightning_ray_load", kwargs={"update_info": update})
         clock["apply"] = time.perf_counter()
+        proving = await self._ask_canaries(version, offer["canaries"])
         await self._thaw(version)
-        clock["thaw"] = time.perf_counter()
-        expected = [[float(x) for x in row] for row in await offer["expected"][0]]
-        clock["expected"] = time.perf_counter()
-        shown = await self.prove(version, offer["canaries"], expected, offer["tolerance"])
+        found = await proving
         clock["prove"] = time.perf_counter()
+        expected = [[float(x) for x in row] for row in await offer["expected"][0]]
+        shown = self._judge(version, expected, found, offer["tolerance"])
+        clock["expected"] = time.perf_counter()
         phases = {
             name: end - begin for (name, end), begin in zip(list(clock.items())[1:], clock.values(), strict=False)
         }
@@ -217,13 +221,21 @@ class Policy:
         self, version: int, canaries: list[list[int]], expected: list[list[float]], tolerance: float
     ) -> dict[str, Any]:
         """Compare the canaries' logprobs with the trainer's; only agreement lets this replica answer again."""
+        return self._judge(version, expected, await (await self._ask_canaries(version, canaries)), tolerance)
+
+    async def _ask_canaries(self, version: int, canaries: list[list[int]]) -> asyncio.Future[list[list[float]]]:
+        """The canaries' logprobs by the engine, which has been asked: what is resumed after this comes after them."""
         assert self.capture is not None
-        found = await asyncio.gather(
-            *(
-                self.capture.prompt_logprobs(ids, f"canary-{version}-{index}-{uuid.uuid4().hex[:6]}")
-                for index, ids in enumerate(canaries)
-            )
-        )
+        names = [f"{CANARY}{version}-{index}-{uuid.uuid4().hex[:6]}" for index in range(len(canaries))]
+        asked = [self.capture.prompt_logprobs(ids, name) for ids, name in zip(canaries, names, strict=True)]
+        answers = asyncio.ensure_future(asyncio.gather(*asked))
+        await self.capture.submitted(names)
+        return answers
+
+    def _judge(
+        self, version: int, expected: list[list[float]], found: list[list[float]], tolerance: float
+    ) -> dict[str, Any]:
+        assert self.capture is not None
         difference = max_difference(expected, found)
         proved = difference <= tolerance and self.capture.version == version
         if self.swaps:

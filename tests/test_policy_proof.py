@@ -21,7 +21,7 @@ NAN, INF = float("nan"), float("inf")
 def test_canaries_are_the_same_everywhere_and_within_the_vocabulary() -> None:
     prompts = canary_prompts(100)
     assert prompts == canary_prompts(100) and prompts[0] != prompts[1]
-    assert [len(p) for p in prompts] == [24, 24]
+    assert [len(p) for p in prompts] == [10, 10]
     assert all(type(t) is int and 0 <= t < 100 for p in prompts for t in p)
     assert max(t for p in canary_prompts(150_000) for t in p) > 75_000
     assert [len(p) for p in canary_prompts(5, length=3, count=4)] == [3] * 4

@@ -23,6 +23,9 @@ from lightning_ray.capture.conversations import Conversations
 FORCED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 """Sampling parameters that an attempt's key may fix; with all of them neutral, what is sampled is the policy itself."""
 
+CANARY = "canary-"
+"""How the ids of canaries' requests begin."""
+
 PROOF_DEADLINE = 120.0
 """Seconds that a running call waits for the proof of a swap."""
 
@@ -134,6 +137,16 @@ class CapturedEngine:
         """Wait until every output that the paused engine produced has been processed."""
         queue = getattr(self.engine.engine_core, "outputs_queue", None)
         while queue is not None and not queue.empty():
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0)
+
+    async def submitted(self, request_ids: Sequence[str]) -> None:
+        """Wait until the engine core has been sent these requests (the present ones' outputs are not waited for)."""
+        wanted = set(request_ids)
+        for _ in range(1000):
+            known = {state.external_req_id for state in self.engine.output_processor.request_states.values()}
+            if wanted <= known:
+                break
             await asyncio.sleep(0.001)
         await asyncio.sleep(0)
 

@@ -64,6 +64,8 @@ class PolicySwapper:
         self._timeout = timeout
         self._restart_timeout = restart_timeout
         self._lock = asyncio.Lock()
+        self._known: list[Member] = []
+        """The replicas, as they were when they were last asked."""
         self.last: Swap | None = None
 
     async def publish(self, version: int) -> Swap:
@@ -107,18 +109,21 @@ class PolicySwapper:
         seconds = time.perf_counter() - began
         size = next((answer["bytes"] for answer in shown if "bytes" in answer), None)
         told = [answer["phases"] for answer in shown if "phases" in answer]
-        phases = max(told, key=lambda each: each["apply"], default={})
+        phases: dict[str, float] = max(told, key=lambda each: each["apply"], default={})
         return Swap(version, seconds, self._proofs(version, shown), mended, size, phases)
 
     async def _send(self, version: int, only: Sequence[str] | None) -> list[Shown]:
         """To replicas that may come and go meanwhile."""
         for remaining in reversed(range(TRIES)):
             try:
-                return await self._transfer.send(version, await self._members(), only)
+                if self._transfer.by_group or not self._known:
+                    self._known = await self._members()
+                return await self._transfer.send(version, self._known, only)
             except TrainersLostError:
                 raise
             except Exception:
                 self._transfer.forget()
+                self._known = []
                 if not remaining:
                     raise
                 await asyncio.sleep(1.0)

@@ -38,6 +38,9 @@ class Trainers(Protocol):
 class Transfer(Protocol):
     """Moves weights."""
 
+    by_group: bool
+    """Whether it has to know exactly which replicas there are."""
+
     async def send(self, version: int, members: Sequence[Member], only: Sequence[str] | None = None) -> list[Shown]:
         """Put the trainer's weights into the members (or ``only`` these) as ``version``; what they show then."""
 
@@ -52,6 +55,8 @@ def canaries_of(members: Sequence[Member]) -> list[list[int]]:
 
 class ObjectTransfer:
     """By the object store. The trainer computes the canaries' logprobs while the replicas load."""
+
+    by_group = False
 
     def __init__(self, replicas: Replicas, trainers: Trainers, tolerance: float, timeout: float):
         self._replicas = replicas
@@ -84,6 +89,8 @@ class ObjectTransfer:
 
 class GroupTransfer:
     """By a broadcast in a group of rank 0 and all engine workers, which is formed anew when the replicas change."""
+
+    by_group = True
 
     def __init__(self, replicas: Replicas, trainers: Trainers, tolerance: float, timeout: float):
         self._replicas = replicas
