@@ -1,4 +1,8 @@
-"""Answers as they compare: without what is their own."""
+"""Answers as they compare: without what is their own, and streams with pieces of one kind put together.
+
+vLLM itself joins tokens that its app had no time to take one by one, so that where a stream is cut depends on how busy
+the machine is.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,15 @@ from typing import Any
 
 OWN = ("id", "item_id", "call_id", "created", "created_at", "completed_at", "signature")
 """What differs from one answer of a server to the next."""
+TEXTS = ("content", "reasoning", "text", "delta", "arguments", "thinking", "partial_json")
+LISTS = ("content", "tokens", "token_logprobs", "top_logprobs", "text_offset", "token_ids", "logprobs")
+"""What streams tell piece by piece."""
+KINDS = ("content", "reasoning", "tool_calls")
+"""What a chat's piece is one of."""
+
+
+class OtherKindError(Exception):
+    """Two pieces are not of one kind."""
 
 
 def plain(value: Any) -> Any:
@@ -14,7 +27,9 @@ def plain(value: Any) -> Any:
     if isinstance(value, list):
         return [plain(item) for item in value]
     if isinstance(value, dict):
-        return {key: "its own" if key in OWN else plain(item) for key, item in value.items()}
+        return {
+            key: "its own" if key in OWN else plain(item) for key, item in value.items() if key != "sequence_number"
+        }
     return value
 
 
@@ -25,7 +40,40 @@ def events(text: str) -> list[Any]:
         fields = dict(line.split(": ", 1) for line in event.split("\n"))
         data = fields["data"]
         found.append((fields.get("event"), data if data == "[DONE]" else plain(json.loads(data))))
-    return sorted(found, key=_choice)
+    return joined(sorted(found, key=_choice))
+
+
+def joined(pieces: list[Any]) -> list[Any]:
+    """Pieces of one kind that follow each other as one."""
+    whole: list[Any] = []
+    for kind, data in pieces:
+        try:
+            if not whole or whole[-1][0] != kind:
+                raise OtherKindError
+            whole[-1] = (kind, _join(whole[-1][1], data))
+        except OtherKindError:
+            whole.append((kind, data))
+    return whole
+
+
+def _join(a: Any, b: Any, key: str = "") -> Any:
+    if a is None or b is None:
+        return b if a is None else a
+    if isinstance(a, dict) and isinstance(b, dict):
+        kinds = [[kind for kind in KINDS if value.get(kind)] for value in (a, b)]
+        if all(kinds) and kinds[0] != kinds[1]:
+            raise OtherKindError
+        return {name: _join(a.get(name), b.get(name), name) for name in {**a, **b}}
+    if isinstance(a, list) and isinstance(b, list):
+        if key in LISTS:
+            return a + b
+        if len(a) == len(b):
+            return [_join(x, y) for x, y in zip(a, b, strict=True)]
+    if isinstance(a, str) and isinstance(b, str) and key in TEXTS:
+        return a + b
+    if a != b:
+        raise OtherKindError
+    return a
 
 
 def _choice(event: tuple[str | None, Any]) -> int:

@@ -1,4 +1,4 @@
-"""What clients get is what vLLM's own server gives them, chunk for chunk, but for ids and times."""
+"""What clients get is what vLLM's own server gives them, but for ids, times and where streams are cut."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tests.e2e.wire.served import MODEL, Served
 from tests.e2e.wire.streams import events, plain
 
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="session")]
-TRIES = 8
-"""vLLM joins pieces that its app had no time to take one by one; some try finds both sides quick enough."""
+TRIES = 5
+"""Of a stream: a piece may join the end of the reasoning and what follows it."""
 
 
 def named(cases: list[Case]) -> Any:
