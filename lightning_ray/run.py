@@ -7,7 +7,6 @@ business. Every rollout of every step ends in an account; every wait has a deadl
 from __future__ import annotations
 
 import asyncio
-import statistics
 import threading
 import time
 import uuid
@@ -31,8 +30,11 @@ from lightning_ray.policy.swap import PolicySwapper
 from lightning_ray.progress import Reporter, as_current
 from lightning_ray.run_folder import RunFolder, write_json
 from lightning_ray.run_state import RunState
+from lightning_ray.step_figures import StepTimes, agents_of, step_figures
 from lightning_ray.store.base import Store
 from lightning_ray.threads import in_thread
+from lightning_ray.trackers import Choice, Trackers
+from lightning_ray.trackers.ray_metrics import watch_queue
 from lightning_ray.trajectories.account import Account
 from lightning_ray.trajectories.episode import Episode, last_attempts, read_episodes
 from lightning_ray.types import (
@@ -61,9 +63,11 @@ class Run:
         runners: RunnerSettings,
         resume: bool,
         hooks: Sequence[Hook] = (),
+        trackers: Sequence[Choice] = (),
     ):
         self.folder = folder
         self.reporter = reporter
+        self.trackers = Trackers(folder.path, reporter.note, trackers)
         self.cluster = cluster
         self.agent = agent
         self.datasets = datasets
@@ -81,7 +85,9 @@ class Run:
         self._proved: list[int] = []
         """Weight versions that every replica proved."""
         self._watch: asyncio.Task[None] | None = None
-        self._last_swap: float | None = None
+        self._queue_watch: asyncio.Task[None] | None = None
+        self._agents: dict[str, set[str]] = {}
+        """By rollout read since the last step, the agents that took part."""
         self._validation: float | None = None
         self._done = threading.Event()
 
@@ -117,6 +123,7 @@ class Run:
             await self.publish(self.state.version)
             self._watch = asyncio.create_task(self._watch_replicas())
             self.cluster.start_runners(self.agent, self._runners, self._hooks)
+            self._queue_watch = asyncio.create_task(watch_queue(self.folder.path.name, self.store, self._lives))
         if not self._resume:
             await self._evaluate_all("before")
         self.reporter.start_steps(self.state.step, settings.steps)
@@ -244,6 +251,7 @@ class Run:
         for rollout_id, times in Counter(rollout_id for rollout_id, _ in pairs_of(spans)).items():
             if times > 1:
                 counting |= last_attempts((await self.store.query_attempts(rollout_id)).items)
+        self._agents |= agents_of(spans, counting)
         return read_episodes(ended, spans, counting, self._settings.agent_match)
 
     async def _unless_runners_fail(self, waiting: Any, deadline: float) -> Any:
@@ -285,52 +293,31 @@ class Run:
         self._proved.append(version)
         self.state.swaps_proved += 1
         self.state.max_logprob_diff = max(self.state.max_logprob_diff, swap.max_logprob_diff)
-        self._last_swap = swap.seconds * 1e3
-        self.state.swap_ms.append(self._last_swap)
+        self.state.swap_ms.append(swap.seconds * 1e3)
 
     def record_step(
-        self,
-        step: int,
-        played: Sequence[Episode],
-        account: Account,
-        update: dict[str, Any],
-        sampled_seconds: float,
-        seconds: float,
+        self, step: int, played: Sequence[Episode], account: Account, update: dict[str, Any], times: StepTimes
     ) -> None:
         """Account for a step and show it."""
         state = self.state
-        drops = account.drops_by_reason()
         self._refuse_total_failure(played)
         state.step = step + 1
         state.rollouts += len(played)
         state.rollouts_trained += len(account.trained)
-        state.rollouts_dropped = dict(Counter(state.rollouts_dropped) + Counter(drops))
-        sampled = sum(episode.sampled_tokens for episode in played)
-        state.tokens_sampled += sampled
-        trained = int(update.get("trained_tokens", 0))
-        state.tokens_trained += trained
-        state.step_seconds.append(seconds)
+        state.rollouts_dropped = dict(Counter(state.rollouts_dropped) + Counter(account.drops_by_reason()))
+        state.tokens_sampled += sum(episode.sampled_tokens for episode in played)
+        state.tokens_trained += int(update.get("trained_tokens", 0))
+        state.step_seconds.append(times.whole)
         state.max_logprob_diff = max(state.max_logprob_diff, update.get("max_logprob_diff", 0.0))
-        rewards = [episode.reward for episode in played if episode.reward is not None]
+        swap = self._swapper.last if update else None
         row = {
-            "kind": "train",
-            "step": step,
-            "reward": statistics.fmean(rewards) if rewards else None,
-            "reward_std": statistics.pstdev(rewards) if rewards else None,
-            "turns": statistics.fmean([episode.calls for episode in played]),
-            "rollouts": len(played),
-            "rollouts_trained": len(account.trained),
-            **{f"dropped.{reason}": count for reason, count in drops.items()},
-            "trajectories_per_rollout": statistics.fmean([len(e.trajectories) for e in played]),
-            "seconds": seconds,
-            "sample_seconds": sampled_seconds,
-            "sampled_tokens_per_s": sampled / sampled_seconds,
-            "trained_tokens_per_s": trained / update["seconds"] if update else 0.0,
-            "swap_ms": self._last_swap if update else None,
+            **step_figures(step, played, account, update, swap, times, self._agents),
+            "validation": self._validation,
             "weight_version": state.version,
-            **{f"update.{name}": value for name, value in update.items()},
+            "trainer_restarts": state.trainer_restarts,
         }
-        self.folder.append_metrics(row)
+        self._agents.clear()
+        self.trackers.log(row)
         self.reporter.step(row, self._validation)
 
     def _refuse_total_failure(self, played: Sequence[Episode]) -> None:
@@ -374,7 +361,7 @@ class Run:
         episodes = await self._play(requests)
         self._refuse_total_failure(episodes)
         figures = evaluate(episodes)
-        self.folder.append_metrics(
+        self.trackers.log(
             {
                 "kind": split,
                 "mode": mode,
@@ -414,13 +401,20 @@ class Run:
         """End what the run started."""
         self._done.set()
         self.reporter.end_steps()
-        if self._watch is not None:
-            self._watch.cancel()
+        for watch in (self._watch, self._queue_watch):
+            if watch is not None:
+                watch.cancel()
+        await in_thread(self.trackers.close)
         await self.cluster.stop()
 
     def elapsed(self) -> float:
         """Seconds of the run so far, those before a resume included."""
         return self.state.seconds * self._resume + time.perf_counter() - self._began
+
+    def _lives(self) -> list[int]:
+        """How often each runner was started."""
+        pool = self.cluster.runners
+        return [] if pool is None else [runner["lives"] for runner in pool.status()]
 
     def _sample_memory(self) -> None:
         while not self._done.wait(4.0):

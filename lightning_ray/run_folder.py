@@ -24,8 +24,9 @@ README = """# Run {name}
 |---|---|
 | `summary.json` | the figures at the end |
 | `reward.png` | reward and validation over the steps |
+| `training.png` | beside them entropy, lengths, staleness, where the time went, and swaps |
 | `metrics.jsonl` | one JSON object for each step and each validation |
-| `tensorboard/` | the same for `tensorboard --logdir` |
+| `tensorboard/` | the same for `tensorboard --logdir`; `wandb/` for W&B, if it was asked for |
 | `steps.jsonl` | for each step the groups of rollouts that it settled, in order, and the version of the weights |
 | `config.json` | the resolved settings |
 | `ray.json` | while it runs: Ray's address and namespace, and the name of the store's actor |
@@ -48,7 +49,6 @@ class RunFolder:
         self.path = path
         self.store = path / "store"
         self.checkpoints = path / "checkpoints"
-        self._board: Any = None
 
     def create(self, resume: bool) -> None:
         """Make the folder, or take up an old one. Raises ConfigError if there is nothing to resume.
@@ -123,19 +123,6 @@ class RunFolder:
         """The lines of steps.jsonl by step."""
         return {line["step"]: line for line in self._lines(STEPS)}
 
-    def append_metrics(self, row: dict[str, Any]) -> None:
-        """Add a line to metrics.jsonl and its numbers to TensorBoard."""
-        with (self.path / METRICS).open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        if self._board is None:
-            from tensorboardX import SummaryWriter
-
-            # A thread of the writer's writes the file; its flush() does not wait for what is still queued.
-            self._board = SummaryWriter(str(self.path / "tensorboard"), flush_secs=1)
-        for name, value in row.items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and name != "step":
-                self._board.add_scalar(f"{row['kind']}/{name}", value, row["step"])
-
     def metrics(self) -> list[dict[str, Any]]:
         """All lines of metrics.jsonl."""
         return self._lines(METRICS)
@@ -147,10 +134,12 @@ class RunFolder:
         return [json.loads(line) for line in lines]
 
     def plot(self) -> None:
-        """Draw reward.png."""
-        from lightning_ray.plots import plot_reward
+        """Draw reward.png and training.png."""
+        from lightning_ray.plots import plot_reward, plot_training
 
-        plot_reward(self.metrics(), self.path / "reward.png", self.path.name)
+        rows = self.metrics()
+        plot_reward(rows, self.path / "reward.png", self.path.name)
+        plot_training(rows, self.path / "training.png", self.path.name)
 
 
 def write_json(path: Path, value: Any) -> None:

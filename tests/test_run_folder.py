@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
-import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from lightning_ray.progress import Reporter, advance, as_current, short_seconds
 from lightning_ray.run_folder import KEPT_CHECKPOINTS, RunFolder, write_json
 from lightning_ray.run_state import RunState
 from lightning_ray.summary import summarize, summary_table
+from lightning_ray.trackers.jsonl import JsonlTracker
 from lightning_ray.trajectories.episode import Episode
 from lightning_ray.types import Rollout
 
@@ -108,26 +109,17 @@ def row(kind: str, step: int, reward: float | None = 0.5, **more: Any) -> dict[s
     return {"kind": kind, "step": step, "reward": reward, **more}
 
 
-def test_metrics_are_lines_and_curves(folder: RunFolder) -> None:
-    rows = [row("train", 0, 0.25, note="text", flag=True), row("val", 1, None, mode="greedy")]
+def keep(folder: RunFolder, rows: Iterable[dict[str, Any]]) -> None:
+    tracker = JsonlTracker(folder.path / "metrics.jsonl")
     for each in rows:
-        folder.append_metrics(each)
-    assert folder.metrics() == rows
-    assert [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()] == rows
-    [events] = (folder.path / "tensorboard").iterdir()
-    end = time.monotonic() + 10
-    while b"train/reward" not in events.read_bytes():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-    assert b"train/flag" not in events.read_bytes()
+        tracker.log(each)
 
 
 def test_a_resume_forgets_what_will_be_made_again_and_nothing_else(folder: RunFolder) -> None:
     """Training rows are numbered from 0; a validation row has the number of steps made before it."""
     folder.truncate_metrics(3)
     rows = [row("val", 0), *[row("train", step) for step in range(5)], row("val", 3), row("val", 5), row("test", 0)]
-    for each in rows:
-        folder.append_metrics(each)
+    keep(folder, rows)
     folder.truncate_metrics(3)
     found = [(each["kind"], each["step"]) for each in folder.metrics()]
     assert found == [("val", 0), ("train", 0), ("train", 1), ("train", 2), ("val", 3), ("test", 0)]
@@ -166,11 +158,11 @@ def test_the_record_of_a_step_keeps_the_order_of_its_groups() -> None:
     ],
 )
 @pytest.mark.filterwarnings("ignore:No artists")
-def test_the_plot_is_a_picture(folder: RunFolder, rows: list[dict[str, Any]]) -> None:
-    for each in rows:
-        folder.append_metrics(each)
+def test_the_plots_are_pictures(folder: RunFolder, rows: list[dict[str, Any]]) -> None:
+    keep(folder, rows)
     folder.plot()
-    assert (folder.path / "reward.png").read_bytes().startswith(b"\x89PNG\r\n")
+    for name in ("reward.png", "training.png"):
+        assert (folder.path / name).read_bytes().startswith(b"\x89PNG\r\n")
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from lightning_ray.algorithms.flow import Group, GroupFlow
 from lightning_ray.algorithms.group_player import GroupPlayer
 from lightning_ray.data import Epochs
 from lightning_ray.errors import TrainersLostError
+from lightning_ray.phases import PhaseClock
+from lightning_ray.step_figures import StepTimes
 from lightning_ray.trajectories.account import Account, batch_of, settle
 from lightning_ray.trajectories.episode import Episode
 
@@ -54,12 +56,14 @@ class TrainingLoop:
         self._settings = settings
         self._run = run
         self._flow: GroupFlow
+        self._clock = PhaseClock()
 
     async def learn(self) -> None:
         """From the first step that is missing to the last."""
         run, settings = self._run, self._settings
         await run.start(settings)
         await self._take_up()
+        self._clock = PhaseClock()
         failures = 0
         try:
             while run.state.step < settings.steps:
@@ -90,24 +94,37 @@ class TrainingLoop:
         await self._flow.restore(groups)
 
     async def _step(self, step: int) -> None:
-        run, settings = self._run, self._settings
+        run, settings, clock = self._run, self._settings, self._clock
         began = time.perf_counter()
-        await self._flow.fill(run.state.version)
-        played = await self._collect()
+        with clock.phase("rollouts"):
+            await self._flow.fill(run.state.version)
+            played = await self._collect()
         run.folder.append_step(played.record(step, run.state.version))
-        sampled_seconds = time.perf_counter() - began
-        update: dict[str, Any] = {}
-        if played.account.trained:
-            run.check_tokens(played.account, settings.max_staleness)
-            update = await run.update(batch_of(played.account.trained, played.group_of))
-            await run.publish(run.state.version + 1)
+        collected = time.perf_counter() - began
+        update = await self._learn_from(played)
         self._flow.release(played.groups)
-        run.record_step(step, played.episodes, played.account, update, sampled_seconds, time.perf_counter() - began)
+        whole, phases = time.perf_counter() - began, clock.lap()
+        playing = sum(phases.values()) if settings.max_staleness else collected
+        run.record_step(step, played.episodes, played.account, update, StepTimes(playing, whole, phases))
         if settings.validate_every and (step + 1) % settings.validate_every == 0 and step + 1 < settings.steps:
-            await run.validate()
+            with clock.phase("validate"):
+                await run.validate()
         if (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps:
-            run.state.flow = await self._flow.state()
-            await run.checkpoint()
+            with clock.phase("checkpoint"):
+                run.state.flow = await self._flow.state()
+                await run.checkpoint()
+
+    async def _learn_from(self, played: Played) -> dict[str, Any]:
+        """Update and swap, if there is something to learn from; returns the update's figures."""
+        run, clock = self._run, self._clock
+        if not played.account.trained:
+            return {}
+        with clock.phase("update"):
+            run.check_tokens(played.account, self._settings.max_staleness)
+            update = await run.update(batch_of(played.account.trained, played.group_of))
+        with clock.phase("swap"):
+            await run.publish(run.state.version + 1)
+        return update
 
     async def _collect(self) -> Played:
         """A step's groups, settled. Groups that are to be played again take the slots of those that were dropped."""
@@ -116,7 +133,8 @@ class TrainingLoop:
         wanted, tries = settings.prompts_per_step, 0
         while wanted:
             groups = await self._flow.take(wanted, run.state.version)
-            part = await self._settle(groups)
+            with self._clock.phase("settle"):
+                part = await self._settle(groups)
             played.episodes += part.episodes
             played.group_of |= part.group_of
             played.groups += part.groups
@@ -140,6 +158,7 @@ class TrainingLoop:
 
     async def _recover(self, error: TrainersLostError) -> None:
         """Start the ranks anew from the last checkpoint, and go back to its step."""
-        await self._flow.stop()
-        await self._run.restart_trainers(str(error))
-        await self._take_up(keep=False)  # it is of versions whose numbers are long past
+        with self._clock.phase("restart"):
+            await self._flow.stop()
+            await self._run.restart_trainers(str(error))
+            await self._take_up(keep=False)  # it is of versions whose numbers are long past
