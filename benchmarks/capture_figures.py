@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import psutil
 import ray
 from rich.progress import Progress
 
+from benchmarks import capture_serve as serve
 from benchmarks.capture_client import Client, Window, request_of
 from benchmarks.capture_drift import drift
 from benchmarks.capture_model import LONGEST, make_model
@@ -30,6 +32,9 @@ ATTEMPTS = 32
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
 SETTINGS = EngineSettings(max_model_len=LONGEST, max_num_seqs=32, kv_cache_memory_mb=64)
 
+UNTRAINED = -1
+"""The version of a replica before the first push."""
+
 Figures = dict[str, Any]
 
 
@@ -43,8 +48,8 @@ class Scale(NamedTuple):
     chats: int
 
 
-FULL = Scale(pairs=9, calls_c1=150, calls_c32=480, held=1100, chats=24)
-QUICK = Scale(pairs=5, calls_c1=100, calls_c32=320, held=1100, chats=12)
+FULL = Scale(pairs=9, calls_c1=150, calls_c32=480, held=1500, chats=24)
+QUICK = Scale(pairs=5, calls_c1=100, calls_c32=320, held=1500, chats=12)
 
 
 @dataclass
@@ -84,9 +89,9 @@ async def measure(cluster: Cluster, folder: Path, scale: Scale, progress: Progre
     figures |= await held(place, scale, progress)
     await place.replica.sample.remote(True)
     figures |= await drift(
-        place.replica, place.client, place.store, place.captured, place.cluster.secret, scale.chats, progress
+        place.replica, place.client, place.store, place.captured, cluster.secret, scale.chats, progress
     )
-    return figures
+    return figures | await through_serve(place, folder, scale, progress)
 
 
 async def _place(cluster: Cluster, folder: Path, progress: Progress) -> Place:
@@ -221,3 +226,16 @@ async def held(place: Place, scale: Scale, progress: Progress) -> Figures:
         raise RuntimeError(f"of {scale.held} calls {wrong} were answered wrongly, {len(rows)} captured, {bad} wrongly")
     progress.update(bar, total=1, completed=1)
     return {"concurrent_calls_held": most}
+
+
+async def through_serve(place: Place, folder: Path, scale: Scale, progress: Progress) -> Figures:
+    """The whole path, against the bare app under uvicorn, both with an engine of their own."""
+    bar = progress.add_task("through Serve", total=scale.pairs + 2)
+    served = await place.cluster.start_policy(folder / "model", NAME, SETTINGS)
+    await place.cluster.replicas("prove", UNTRAINED, [], [], math.inf)
+    progress.advance(bar)
+    key = (await new_key(place.store, place.cluster.secret))[1]
+    whole, alone = serve.Path(served.endpoint, key), serve.Path(f"{place.bare}/v1", key)
+    return await serve.serve_path(
+        place.client, whole, alone, NAME, scale.pairs, scale.calls_c1, lambda: progress.advance(bar)
+    )

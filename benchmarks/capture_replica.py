@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import uvicorn
@@ -21,6 +22,7 @@ from lightning_ray.capture.engine import CapturedEngine
 from lightning_ray.config import EngineSettings
 from lightning_ray.net import free_port
 from lightning_ray.policy.engine_arguments import engine_arguments
+from lightning_ray.policy.engine_thread import engine_on_a_thread
 from lightning_ray.store.base import Store
 from lightning_ray.store.schema import spans_to_batch
 
@@ -46,7 +48,8 @@ class Replica:
 
         args = make_arg_parser(FlexibleArgumentParser()).parse_args(engine_arguments(model, model_name, settings))
         config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
-        self._engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+        with engine_on_a_thread() if settings.chosen_process == "replica" else nullcontext():
+            self._engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
         self._tokenizer = self._engine.renderer.tokenizer
         tasks = await self._engine.get_supported_tasks()
         app = build_app(args, tasks, self._engine.model_config)
