@@ -58,12 +58,12 @@ def plot_training(rows: list[Row], path: Path, title: str) -> None:
     _swap_panel(panels[1, 2], train)
     titles = ("reward", "policy", "lengths and turns", "age of the trained tokens", "time by phase", "weight swap")
     for axes, name in zip(panels.flat, titles, strict=True):
-        axes.set_title(name, fontsize=11)
+        _head(axes, name)
         axes.tick_params(labelbottom=True)
+        axes.xaxis.get_major_locator().set_params(integer=True)
     for axes in panels[1]:
         axes.set_xlabel("step")
-    steps = len(train)
-    panels[0, 0].set_xlim(0, max((row["step"] + 1 for row in train), default=1) + (0.5 if steps else 0))
+    panels[0, 0].set_xlim(0, max((row["step"] + 1.5 for row in train), default=1))
     figure.suptitle(title)
     figure.savefig(path, dpi=100)
     plt.close(figure)
@@ -106,13 +106,13 @@ def _reward_panel(axes: Any, rows: list[Row]) -> None:
 
 
 def _policy_panel(axes: Any, rows: list[Row]) -> None:
-    """Entropy to the left; to the right what moves it."""
+    """Entropy to the left, divergences to the right."""
     _line(axes, rows, "update.entropy", BLUE, "entropy")
-    axes.set_ylabel("nats per token")
+    axes.set_ylabel("nats per token (entropy)")
     right = axes.twinx()
     _line(right, rows, "update.approx_kl", ORANGE, "KL, engine to trainer")
     _line(right, rows, "update.reference_kl", PURPLE, "KL, reference")
-    _line(right, rows, "update.clip_share", GREEN, "clip share")
+    right.set_ylabel("nats per token (KL)")
     _finish(axes, right)
 
 
@@ -184,17 +184,37 @@ def _stack(axes: Any, rows: Sequence[Row], parts: Sequence[tuple[str, str, Any]]
         axes.bar(steps, values, bottom=bottom, width=1.0, color=color, label=label)
         bottom = [below + value for below, value in zip(bottom, values, strict=True)]
     axes.set_ylim(0, 1)
-    if parts:
-        axes.legend(loc="lower left", fontsize=8, framealpha=0.85)
 
 
 def _finish(axes: Any, right: Any = None) -> None:
-    """Grid, and one legend for both sides; a side without curves has no scale."""
+    """Grid; a right side without curves has no scale."""
     axes.grid(alpha=0.3)
-    handles, labels = axes.get_legend_handles_labels()
     if right is not None:
-        more = right.get_legend_handles_labels()
-        right.set_visible(bool(more[0]))
+        right.set_visible(bool(right.get_legend_handles_labels()[0]))
+
+
+def _head(axes: Any, title: str) -> None:
+    """The title, and under it the legend of both sides, so that no curve is covered."""
+    sides = [side for side in axes.figure.axes if side.get_subplotspec() == axes.get_subplotspec()]
+    handles, labels = [], []
+    for side in sides:
+        more = side.get_legend_handles_labels()
         handles, labels = handles + more[0], labels + more[1]
-    if handles:
-        axes.legend(handles, labels, loc="best", fontsize=8, framealpha=0.85)
+    columns = 2 if sum(map(len, labels[:4])) > 60 else 4
+    lines = -(-len(handles) // columns)
+    axes.set_title(title, fontsize=11, loc="left", pad=6 + 13 * lines)
+    if not handles:
+        axes.text(0.5, 0.5, "no figures", transform=axes.transAxes, ha="center", va="center", color=GREY)
+        return
+    legend = axes.legend(
+        handles,
+        labels,
+        loc="lower left",
+        bbox_to_anchor=(-0.02, 0.98),
+        ncols=columns,
+        fontsize=8,
+        frameon=False,
+        columnspacing=1.2,
+        handlelength=1.4,
+    )
+    legend.set_in_layout(False)
