@@ -23,11 +23,11 @@ from ray import serve
 from lightning_ray.capture.append import SharedAppend
 from lightning_ray.capture.conversations import Attempt, Conversations
 from lightning_ray.capture.edge import Backend, CaptureEdge, Limits
-from lightning_ray.capture.engine import CANARY, CapturedEngine
+from lightning_ray.capture.engine import CapturedEngine
 from lightning_ray.config import EngineSettings
 from lightning_ray.policy.engine_arguments import engine_arguments
 from lightning_ray.policy.engine_load import EngineLoad
-from lightning_ray.policy.proof import max_difference
+from lightning_ray.policy.proof import CANARY, max_difference
 from lightning_ray.store.schema import spans_to_batch
 
 if TYPE_CHECKING:

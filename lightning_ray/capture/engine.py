@@ -23,9 +23,6 @@ from lightning_ray.capture.conversations import Conversations
 FORCED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 """Sampling parameters that an attempt's key may fix; with all of them neutral, what is sampled is the policy itself."""
 
-CANARY = "canary-"
-"""How the ids of canaries' requests begin."""
-
 PROOF_DEADLINE = 120.0
 """Seconds that a running call waits for the proof of a swap."""
 

@@ -12,7 +12,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.request_queue import create_request_queue
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from lightning_ray.capture.engine import CANARY
+from lightning_ray.policy.proof import CANARY
 
 
 class _CanariesFirst:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+CANARY = "canary-"
+"""How the ids of canaries' requests begin."""
 CANARY_LENGTH = 10
 """Every parameter but the embeddings takes part in every token; more of them cost time at each swap."""
 CANARIES = 2
