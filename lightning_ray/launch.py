@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -22,6 +22,9 @@ from lightning_ray.errors import ConfigError
 from lightning_ray.relay.settings import Upstream
 
 A = TypeVar("A", bound=Algorithm | None)
+N = TypeVar("N")
+SETTINGS = ("n_runners", "max_runners", "concurrency", "trackers")
+"""Of the Trainer itself."""
 
 
 @dataclass
@@ -67,11 +70,23 @@ class Launch:
             raise ConfigError(f"{key}={value!r}: give a whole number of at least 1")
         return value
 
+    def names(self, key: str, default: Sequence[N]) -> Sequence[N | str]:
+        """An overridden list of names of the Trainer: JSON, or separated by commas."""
+        if key not in self.settings:
+            return default
+        self._used.add(key)
+        value = self.settings[key]
+        if isinstance(value, str):
+            return [name.strip() for name in value.split(",") if name.strip()]
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            raise ConfigError(f"{key}={value!r}: give names separated by commas, or a JSON list of them")
+        return value
+
     def refuse_leftovers(self) -> None:
         """Raises ConfigError for a key that nothing used."""
         for key in self.settings.keys() - self._used:
-            close = difflib.get_close_matches(key, ["n_runners", "max_runners", "concurrency"], n=1)
-            known = "known: n_runners, max_runners, concurrency, algorithm.<setting>, relays.<name>.<setting>"
+            close = difflib.get_close_matches(key, SETTINGS, n=1)
+            known = f"known: {', '.join(SETTINGS)}, algorithm.<setting>, relays.<name>.<setting>"
             hint = f"did you mean {close[0]!r}?" if close else known
             raise ConfigError(f"{key}={self.settings[key]!r}: there is no such setting; {hint}")
 

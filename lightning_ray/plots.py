@@ -196,7 +196,8 @@ def _finish(axes: Any, right: Any = None) -> None:
 def _head(axes: Any, title: str) -> None:
     """The title, and under it the legend of both sides, so that no curve is covered."""
     sides = [side for side in axes.figure.axes if side.get_subplotspec() == axes.get_subplotspec()]
-    handles, labels = [], []
+    handles: list[Any] = []
+    labels: list[str] = []
     for side in sides:
         more = side.get_legend_handles_labels()
         handles, labels = handles + more[0], labels + more[1]

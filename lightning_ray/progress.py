@@ -15,6 +15,16 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+BAR_WIDTH = 44
+"""Columns of the live bar that are not the step's line."""
+FURTHER = {
+    "time.rollouts": "waiting {:.0%}",
+    "turns": "turns {:.1f}",
+    "update.entropy": "entropy {:.2f}",
+    "update.staleness_mean": "age {:.1f}",
+}
+"""What the line of a step tells last, unless it is 0 or not known."""
+
 
 def short_seconds(seconds: float) -> str:
     """``75`` -> ``1m15s``."""
@@ -60,7 +70,8 @@ class Reporter:
         done = row["step"] + 1
         line = step_line(row, validation)
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=done, line=line)
+            shown = fitting(line, self.console.width - BAR_WIDTH)
+            self._bar.update(self._task, completed=done, line=shown)
             return
         left = (time.perf_counter() - self._began) / max(1, done - self._steps[0]) * (self._steps[1] - done)
         self.console.print(
@@ -121,7 +132,15 @@ def step_line(row: dict[str, Any], validation: float | None) -> str:
         parts.append(f"trained {row['trained_tokens_per_s']:.0f} tok/s")
     if row.get("swap_ms") is not None:
         parts.append(f"swap {row['swap_ms']:.0f} ms")
+    parts += [text.format(row[name]) for name, text in FURTHER.items() if row.get(name)]
     return "  ".join(parts)
+
+
+def fitting(line: str, width: int) -> str:
+    """The leading figures of a step's line that a width has room for."""
+    while len(line) > width and "  " in line:
+        line = line.rpartition("  ")[0].rstrip()
+    return line
 
 
 _current: Stage | None = None

@@ -390,7 +390,7 @@ class Run:
         self.folder.plot()
         from lightning_ray.summary import summarize, summary_table
 
-        summary = summarize(self.state, self.elapsed(), self.peak_memory)
+        summary = summarize(self.state, self.elapsed(), self.peak_memory, self.folder.metrics())
         write_json(self.folder.path / "summary.json", summary)
         columns, rows = summary_table(self.state)
         if rows:

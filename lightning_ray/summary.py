@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lightning_ray.phases import shares
 from lightning_ray.run_state import RunState
 
 MOMENTS = ("before", "after")
 
 
-def summarize(state: RunState, seconds: float, peak_memory: int) -> dict[str, Any]:
-    """The content of summary.json. Rewards and shares are in [0, 1] if the agent's are; memory in 10^9 bytes."""
+def summarize(
+    state: RunState, seconds: float, peak_memory: int, rows: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
+    """The content of summary.json. Rewards and shares are in [0, 1] if the agent's are; memory in 10^9 bytes.
+
+    ``rows`` are those of metrics.jsonl.
+    """
     return {
         "seconds_total": round(seconds, 1),
         "seconds_to_first_step": state.seconds_to_first_step and round(state.seconds_to_first_step, 1),
@@ -28,6 +35,7 @@ def summarize(state: RunState, seconds: float, peak_memory: int) -> dict[str, An
         "stale_tokens_beyond_bound": state.stale_tokens_beyond_bound,
         "max_logprob_diff": state.max_logprob_diff,
         "swap_ms_median": median(state.swap_ms),
+        "time_shares": time_shares(rows),
         "tokens_sampled": state.tokens_sampled,
         "tokens_trained": state.tokens_trained,
         "peak_memory_gb": round(peak_memory / 1e9, 2),
@@ -37,6 +45,17 @@ def summarize(state: RunState, seconds: float, peak_memory: int) -> dict[str, An
 def median(values: list[float]) -> float | None:
     """The median, or None of nothing."""
     return round(statistics.median(values), 3) if values else None
+
+
+def time_shares(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The parts of the phases in the time that the rows of steps account for."""
+    seconds: dict[str, float] = {}
+    for row in rows:
+        for name, share in row.items():
+            if name.startswith("time."):
+                phase = name.removeprefix("time.")
+                seconds[phase] = seconds.get(phase, 0.0) + share * row["wall_seconds"]
+    return {name: round(share, 4) for name, share in shares(seconds).items()}
 
 
 def split_summary(state: RunState, split: str) -> dict[str, Any]:

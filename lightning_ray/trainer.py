@@ -25,6 +25,7 @@ from lightning_ray.hooks import Hook
 from lightning_ray.launch import current_launch
 from lightning_ray.relay.settings import Upstream, check_upstreams
 from lightning_ray.tracing import OtelTracer, Tracer
+from lightning_ray.trackers.choice import Choice, check_installed, check_trackers, name_of
 from lightning_ray.types import Dataset, NamedResources
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ class Trainer:
         initial_resources: what agents get before anything was learned, for algorithms that ask for it.
         relays: other models that agents call, by name, as ``{"judge": lr.Upstream(base_url=...)}``.
         hooks: called at four moments of every rollout.
+        trackers: where figures go beside metrics.jsonl, TensorBoard and Ray's metrics: "wandb", "mlflow", or objects
+            with ``log(row)`` and ``close()``.
         adapter: what algorithms get to turn spans into something to learn from.
         tracer: what hooks and agents see as their tracer.
         store: where ``dev`` keeps rollouts and spans; a run has its own.
@@ -78,6 +81,7 @@ class Trainer:
         initial_resources: NamedResources | None = None,
         relays: Mapping[str, Upstream] | None = None,
         hooks: Hook | Sequence[Hook] | None = None,
+        trackers: Sequence[Choice] = (),
         adapter: Spec[TraceAdapter[Any]] | None = None,
         tracer: Spec[Tracer] | None = None,
         store: Spec[Store] | None = None,
@@ -117,6 +121,7 @@ class Trainer:
         check_upstreams(relays or {})
         self.relays = launch.upstreams(relays or {})
         self.hooks = [hooks] if isinstance(hooks, Hook) else list(hooks or ())
+        self.trackers = check_trackers(launch.names("trackers", trackers))
         self.tracer = build_component(tracer, expected_type=Tracer, spec_name="tracer") or OtelTracer()
         self.store: Store | None = None if store is None else store_of(store)
         self.llm_proxy = llm_proxy
@@ -200,9 +205,11 @@ class Trainer:
             self._runners(),
             self.resume,
             self.hooks,
+            self.trackers,
         )
         agent.set_trainer(self)
         attach(self.algorithm, self)
+        check_installed(self.trackers)
         self.algorithm.check(run)
         folder.create(self.resume)
         write_json(folder.path / "config.json", self.resolved())
@@ -238,6 +245,8 @@ class Trainer:
         }
         if self.relays:
             shown["relays"] = {name: upstream.model_dump(mode="json") for name, upstream in self.relays.items()}
+        if self.trackers:
+            shown["trackers"] = [name_of(choice) for choice in self.trackers]
         return shown
 
 
