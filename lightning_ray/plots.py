@@ -158,7 +158,7 @@ def _time_panel(axes: Any, rows: list[Row]) -> None:
 def _swap_panel(axes: Any, rows: list[Row]) -> None:
     """Milliseconds to the left, 10^9 bytes a second to the right."""
     _line(axes, rows, "swap_ms", DARK_ORANGE, "swap, to its proof")
-    _line(axes, rows, "swap_apply_ms", ORANGE, "of it loading", linestyle="--")
+    _line(axes, rows, "swap_ms.apply", ORANGE, "of it loading", linestyle="--")
     axes.set_ylabel("ms")
     axes.set_ylim(bottom=0)
     right = axes.twinx()

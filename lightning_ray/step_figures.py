@@ -112,15 +112,15 @@ def length_figures(episodes: Sequence[Episode]) -> dict[str, float | None]:
 
 
 def swap_figures(swap: Swap | None) -> dict[str, float | None]:
-    """Milliseconds from start to proof, and 10^9 bytes of weights in a second, where the replicas tell their size."""
+    """Milliseconds from start to proof and, where the replicas tell, 10^9 bytes of weights in a second of these, and
+    the milliseconds of each part, ``swap_ms.NAME``.
+    """
     if swap is None:
         return {"swap_ms": None}
     found: dict[str, float | None] = {"swap_ms": swap.seconds * 1e3}
     if swap.bytes is not None and swap.seconds > 0:
         found["swap_gb_per_s"] = swap.bytes / swap.seconds / 1e9
-    if "apply" in swap.phases:
-        found["swap_apply_ms"] = swap.phases["apply"] * 1e3
-    return found
+    return found | {f"swap_ms.{name}": seconds * 1e3 for name, seconds in swap.phases.items()}
 
 
 def time_figures(phases: Mapping[str, float]) -> dict[str, float]:

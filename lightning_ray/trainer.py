@@ -234,7 +234,7 @@ class Trainer:
     def resolved(self) -> dict[str, Any]:
         """All settings, as config.json keeps them."""
         algorithm = self.algorithm
-        shown = {
+        shown: dict[str, Any] = {
             "algorithm": algorithm and {"name": type(algorithm).__name__, **algorithm.settings()},
             "n_runners": self.n_runners,
             "max_runners": self.max_runners,
