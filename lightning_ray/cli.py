@@ -1,4 +1,4 @@
-"""The command line: ``lightning-ray train PATH``, ``lightning-ray spans SQL``, ``lightning-ray doctor RUN``."""
+"""The command line: ``lightning-ray train PATH``, ``spans SQL``, ``doctor RUN`` and ``replay RUN --step N``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from lightning_ray.doctor_command import add_doctor_command, doctor
 from lightning_ray.errors import ConfigError, LightningRayError
 from lightning_ray.launch import Launch, launched, parse_setting
+from lightning_ray.replay_command import add_replay_command, replay
 from lightning_ray.spans_command import add_spans_command, spans
 
 INTERRUPTED = 130
@@ -33,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit code. Errors of ours are one message on stderr, without a traceback."""
     own, script = split(sys.argv[1:] if arguments is None else arguments)
     given = parser().parse_args(own)
-    reading = {"spans": spans, "doctor": doctor}.get(given.command)
+    reading = {"spans": spans, "doctor": doctor, "replay": replay}.get(given.command)
     try:
         return train(given, script) if reading is None else reading(given)
     except LightningRayError as error:
@@ -70,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add_spans_command(commands)
     add_doctor_command(commands)
+    add_replay_command(commands)
     return top
 
 
