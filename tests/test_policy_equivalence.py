@@ -130,3 +130,17 @@ def test_the_schedule_reaches_the_optimizer(ranks: Ranks, folder: Path, batches:
     ranks.build(chosen)
     rates = [ranks.call("update", table)["learning_rate"] for table in batches]
     assert rates == pytest.approx([0, 1e-3, 7e-4])
+
+
+def test_bfloat16_is_of_the_passes_and_not_of_the_weights(ranks: Ranks, folder: Path, batches: list[pa.Table]) -> None:
+    """What CUDA does by default, on the CPU."""
+    results, moved = [], []
+    for dtype in ("float32", "bfloat16"):
+        before = ranks.build(settings_for(folder, warmup_steps=0, dtype=dtype), 2).weights()
+        results.append(ranks.call("update", batches[0]))
+        after = ranks.weights()
+        assert all(weight.dtype == np.float32 for weight in after.values())
+        moved.append(np.concatenate([(after[name] - before[name]).ravel() for name in before]))
+    assert results[1]["loss"] == pytest.approx(results[0]["loss"], abs=2e-2)
+    assert results[1]["loss"] != results[0]["loss"]
+    assert np.corrcoef(*moved)[0, 1] > 0.9

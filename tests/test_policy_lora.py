@@ -156,6 +156,9 @@ def test_peft_reads_a_checkpoint_that_holds_the_adapter_alone(
     assert len(states) == 2 and all(".lora_" in name for state in states for name in state)
     with pytest.raises(ConfigError, match="holds a LoRA adapter and not a whole model"):
         check_model_folder(str(tmp_path))
+    ranks.build(settings(folder, lora={}), 2)
+    with pytest.raises(ConfigError, match=r"holds a LoRA adapter, and lora\.rank=0 trains whole weights"):
+        ranks.call("load", str(tmp_path))
 
 
 def test_another_tokenizer_is_refused(ranks: Ranks, folder: Path, tmp_path: Path) -> None:

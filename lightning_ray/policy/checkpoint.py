@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lightning_ray.errors import ConfigError
 from lightning_ray.policy.model_folder import (
     ADAPTER_CONFIG,
     STATE,
@@ -53,9 +54,17 @@ def save(engine: PaddedEngine, settings: UpdateSettings, folder: str, updates: i
 def load(engine: PaddedEngine, settings: UpdateSettings, folder: str) -> int:
     """Go on where ``save`` wrote the folder, bit for bit; collective. Returns the updates made by then.
 
-    Raises ConfigError if the folder holds no such state, that of another number of ranks, or another tokenizer.
+    Raises ConfigError if the folder holds no such state, that of another number of ranks, another tokenizer, or an
+    adapter where whole weights are trained, or the other way round.
     """
     updates = read_progress(Path(folder), dist.get_world_size())
+    adapter = (Path(folder) / ADAPTER_CONFIG).is_file()
+    if adapter != (settings.lora.rank > 0):
+        held, trained = ("a LoRA adapter", "whole weights") if adapter else ("whole weights", "a LoRA adapter")
+        raise ConfigError(
+            f"{folder} holds {held}, and lora.rank={settings.lora.rank} trains {trained}: resume with the settings it "
+            "was saved under, or begin anew"
+        )
     check_tokenizer(Path(folder), Path(settings.model_path))
     engine.load_checkpoint(str(Path(folder) / STATE), del_local_after_load=False)
     return updates
