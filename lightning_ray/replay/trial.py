@@ -92,7 +92,10 @@ def try_again(request: Request) -> Result:
     settings = _update_settings(own, model, request)
     alternative = None
     if other is not None and asked is not None:
-        alternative = Alternative(_update_settings(other, model, request), asked)
+        changed = _update_settings(other, model, request)
+        if other.schedule_steps is None:  # the rate falls over the run's steps, not over as many as it would have had
+            changed = changed.model_copy(update={"schedule_steps": settings.schedule_steps})
+        alternative = Alternative(changed, asked)
     replayed = train_again(settings, start, records, batches, alternative, request.threads)
     same_order = own.ranks == 1 and own.engine.device == settings.device == "cpu"
     tolerance = request.tolerance
