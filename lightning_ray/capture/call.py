@@ -152,6 +152,7 @@ class CapturedRequest:
                 **sequence.columns(),
                 "agent": self.caller.agent,
                 "model": self.body.get("model"),
+                **({"status": "ERROR"} if self.hung_up else {}),
                 "attributes": {**attributes, **sequence.attributes(self.started, ended)},
             }
             for sequence in self.sequences[first:]
