@@ -16,7 +16,7 @@ from rich.console import Console
 from lightning_ray.data import Epochs
 from lightning_ray.errors import ConfigError
 from lightning_ray.evaluation import Evaluation, evaluate
-from lightning_ray.progress import Reporter, advance, as_current, short_seconds
+from lightning_ray.progress import Reporter, advance, as_current, fitting, short_seconds, step_line
 from lightning_ray.run_folder import KEPT_CHECKPOINTS, RunFolder, write_json
 from lightning_ray.run_state import RunState
 from lightning_ray.summary import summarize, summary_table
@@ -315,6 +315,14 @@ def test_each_step_is_one_line_where_there_is_no_terminal() -> None:
     first, second = out.getvalue().splitlines()
     assert first.startswith("step 1/30  reward 0.12  val 0.50  sampled 12346 tok/s  trained 2346 tok/s  swap 123 ms")
     assert second.startswith("step 2/30  reward  -    sampled 12346 tok/s  left ")
+
+
+def test_the_line_tells_more_where_there_is_room() -> None:
+    row = {**STEP, "time.rollouts": 0.619, "turns": 2.5, "update.entropy": 0.123, "update.staleness_mean": 0.0}
+    line = step_line(row, None)
+    assert line.endswith("swap 123 ms  waiting 62%  turns 2.5  entropy 0.12") and "\n" not in line
+    assert fitting(line, len(line)) == line
+    assert fitting(line, len(line) - 1).endswith("turns 2.5") and fitting(line, 5) == "reward 0.12"
 
 
 def test_the_time_left_counts_the_steps_of_this_start_alone() -> None:

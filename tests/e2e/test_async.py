@@ -59,6 +59,9 @@ async def test_stale_tokens_stay_within_the_bound_and_a_killed_rank_is_replaced(
     assert summary["swaps"] == summary["swaps_proved"] and summary["max_logprob_diff"] < 1e-4
     rows = [row for row in run.folder.metrics() if row["kind"] == "train"]
     assert [row["step"] for row in rows] == list(range(8))
+    for row in rows:
+        assert sum(share for name, share in row.items() if name.startswith("time.")) == pytest.approx(1)
+    assert any("time.restart" in row for row in rows) and rows[-1]["swap_gb_per_s"] > 0
     versions = [row["weight_version"] for row in rows]
     assert versions == sorted(set(versions)), "a version number came twice"
 
