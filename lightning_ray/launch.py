@@ -41,7 +41,7 @@ class Launch:
         """The algorithm with its overridden settings. Raises ConfigError for unknown keys and bad values."""
         if not isinstance(algorithm, AlgorithmSettings):
             return algorithm
-        values: dict[str, Any] = {name: getattr(algorithm, name) for name in type(algorithm).model_fields}
+        values = algorithm.given()
         for key, value in self.settings.items():
             head, _, rest = key.partition(".")
             if head == "algorithm" and rest:
@@ -99,7 +99,7 @@ def put(values: dict[str, Any], path: list[str], value: Any) -> None:
             raise ConfigError(
                 f"algorithm.{'.'.join(path)}={value!r}: {part!r} is a {type(inner).__name__} and has no settings"
             )
-        values[part] = dict(inner) if isinstance(inner, dict) else inner.model_dump()
+        values[part] = dict(inner) if isinstance(inner, dict) else inner.model_dump(exclude_unset=True)
         values = values[part]
     values[path[-1]] = value
 

@@ -259,3 +259,18 @@ def test_unknown_arguments_end_with_usage_and_the_code_2(
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert ended.value.code == 2 and "usage: lightning-ray" in capsys.readouterr().err
+
+
+def test_a_preset_can_be_chosen_and_exchanged_from_outside() -> None:
+    def launched_with(settings: dict[str, Any], **given: Any) -> lr.GRPO:
+        with launched(Launch(settings=settings)):
+            made = lr.Trainer(algorithm=lr.GRPO(model="m", **given)).algorithm
+        assert isinstance(made, lr.GRPO)
+        return made
+
+    chosen = launched_with({"algorithm.preset": "gspo"}, learning_rate=1e-4)
+    assert (chosen.loss, chosen.learning_rate) == (lr.GRPO(model="m", preset="gspo").loss, 1e-4)
+    exchanged = launched_with({"algorithm.preset": "cispo"}, preset="gspo")
+    assert exchanged.loss == lr.GRPO(model="m", preset="cispo").loss != chosen.loss
+    assert launched_with({"algorithm.preset": "cispo"}, loss="sapo").loss == "sapo", "what is given wins"
+    assert launched_with({"algorithm.engine.replicas": 2}).engine.replicas == 2

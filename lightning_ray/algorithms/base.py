@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
+from pydantic import PrivateAttr, ValidationError
 
 from lightning_ray.config import Settings, explain
 from lightning_ray.errors import ConfigError, LightningRayError
@@ -119,11 +119,18 @@ class AlgorithmSettings(Settings, Algorithm):
     Unknown or bad settings raise ConfigError.
     """
 
+    _given: dict[str, Any] = PrivateAttr(default_factory=dict)
+
     def __init__(self, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:
             raise ConfigError(explain(error, type(self), "algorithm")) from None
+        self._given = values
+
+    def given(self) -> dict[str, Any]:
+        """The settings that were given, as they were; the others follow from them."""
+        return dict(self._given)
 
     def settings(self) -> dict[str, Any]:
         """The fields."""
