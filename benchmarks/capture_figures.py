@@ -27,7 +27,7 @@ from lightning_ray.config import EngineSettings
 from lightning_ray.store import Store
 
 NAME = "policy"
-PROMPT = 600
+PROMPT, HELD_PROMPT = 600, 60
 ATTEMPTS = 32
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
 SETTINGS = EngineSettings(max_model_len=LONGEST, max_num_seqs=32, kv_cache_memory_mb=64)
@@ -211,7 +211,8 @@ async def held(place: Place, scale: Scale, progress: Progress) -> Figures:
     bar = progress.add_task("calls held", total=None)
     attempts = [await new_key(place.store, place.cluster.secret) for _ in range(ATTEMPTS)]
     mine = Place(**{**vars(place), "keys": attempts})
-    mine.prompts = [place.prompts[index % len(place.prompts)] for index in range(scale.held)]
+    prompts = await place.replica.prompts.remote(ATTEMPTS, HELD_PROMPT)
+    mine.prompts = [prompts[index % ATTEMPTS] for index in range(scale.held)]
     await place.replica.take.remote(1.0)
     bodies = await place.client.burst.remote(mine.requests(place.captured))
     most = await place.replica.most_in_flight.remote()
