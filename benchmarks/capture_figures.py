@@ -235,8 +235,10 @@ async def through_serve(place: Place, folder: Path, scale: Scale, progress: Prog
     served = await place.cluster.start_policy(folder / "model", NAME, SETTINGS)
     await place.cluster.replicas("prove", UNTRAINED, [], [], math.inf)
     progress.advance(bar)
-    key = (await new_key(place.store, place.cluster.secret))[1]
-    whole, alone = serve.Path(served.endpoint, key), serve.Path(f"{place.bare}/v1", key)
+    keys = tuple([(await new_key(place.store, place.cluster.secret))[1] for _ in range(ATTEMPTS)])
+    whole, captured, alone = (
+        serve.Path(url, keys) for url in (served.endpoint, f"{place.captured}/v1", f"{place.bare}/v1")
+    )
     return await serve.serve_path(
-        place.client, whole, alone, NAME, scale.pairs, scale.calls_c1, lambda: progress.advance(bar)
+        place.client, whole, captured, alone, NAME, scale.pairs, scale.calls_c1, lambda: progress.advance(bar)
     )
