@@ -128,6 +128,10 @@ class AlgorithmSettings(Settings, Algorithm):
             raise ConfigError(explain(error, type(self), "algorithm")) from None
         self._given = values
 
+    def __eq__(self, other: object) -> bool:
+        """Whether all settings are the same, however they came about."""
+        return type(self) is type(other) and self.__dict__ == other.__dict__
+
     def given(self) -> dict[str, Any]:
         """The settings that were given, as they were; the others follow from them."""
         return dict(self._given)

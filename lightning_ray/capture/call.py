@@ -152,11 +152,13 @@ class CapturedRequest:
                 **sequence.columns(),
                 "agent": self.caller.agent,
                 "model": self.body.get("model"),
-                **({"status": "ERROR"} if self.hung_up else {}),
                 "attributes": {**attributes, **sequence.attributes(self.started, ended)},
             }
             for sequence in self.sequences[first:]
         ]
+        for row in rows:
+            if self.hung_up and row["status"] == "OK":
+                row["status"] = "ERROR"  # nobody got the answer, so nothing follows from it
         self.span_ids += [row["span_id"] for row in rows]
         return rows
 
