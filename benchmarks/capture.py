@@ -1,6 +1,6 @@
 """What does capture cost a call, and does a replica stand up to many?
 
-    python -m benchmarks.capture            (about 4 minutes on 2 cores)
+    python -m benchmarks.capture            (about 3 minutes on 2 cores)
     python -m benchmarks.capture --quick    (about 2 minutes)
 
 vLLM's own app over an engine that answers at once (a prompt of 600 tokens, 150 sampled), on one port as it is and on
