@@ -23,7 +23,7 @@ from lightning_ray.agent import LitAgent
 from lightning_ray.algorithms.grpo import GRPO, NEUTRAL
 from lightning_ray.cluster import Cluster, together, tree_memory
 from lightning_ray.config import RunnerSettings
-from lightning_ray.errors import AgentError, InfrastructureError
+from lightning_ray.errors import AgentError, InfrastructureError, SwapError
 from lightning_ray.evaluation import Evaluation, evaluate
 from lightning_ray.hooks import Hook
 from lightning_ray.policy.swap import PolicySwapper
@@ -285,8 +285,12 @@ class Run:
 
     async def publish(self, version: int) -> None:
         """Swap the weights on every replica, and prove it."""
+        try:
+            swap = await self._swapper.publish(version)
+        except SwapError:
+            self.state.swaps += 1
+            raise
         self.state.swaps += 1
-        swap = await self._swapper.publish(version)
         for mended in swap.mended:
             self.reporter.note(mended)
         self.state.version = version

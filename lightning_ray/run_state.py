@@ -16,6 +16,7 @@ class RunState:
     rollouts_trained: int = 0
     rollouts_dropped: dict[str, int] = field(default_factory=dict)
     swaps: int = 0
+    """Those that came to a verdict: one that a dying trainer rank broke off is begun anew."""
     swaps_proved: int = 0
     swap_ms: list[float] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
