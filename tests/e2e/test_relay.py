@@ -20,6 +20,7 @@ from rich.console import Console
 
 import lightning_ray as lr
 from lightning_ray.algorithms.grpo import GRPO
+from lightning_ray.capture.audience import relayed
 from lightning_ray.capture.keys import Claims, issue_key, operator_key
 from lightning_ray.cluster import Cluster
 from lightning_ray.config import EngineSettings, RunnerSettings
@@ -136,7 +137,8 @@ async def test_served_by_itself(
     rollout = await store.start_rollout({"question": 1})
     ids = rollout.rollout_id, rollout.attempt.attempt_id
     endpoint = ProxyLLM(endpoint=f"http://127.0.0.1:{port}/to/judge/v1", model="m").get_base_url(*ids)
-    client = AsyncOpenAI(base_url=endpoint, api_key=issue_key(secret.encode(), Claims(*ids, time.time() + 60)))
+    claims = Claims(*ids, time.time() + 60, {}, relayed("judge"))
+    client = AsyncOpenAI(base_url=endpoint, api_key=issue_key(secret.encode(), claims))
     fake.pace = 0.4
     before_the_last = []
     stream = await client.chat.completions.create(**ask(), stream=True)
