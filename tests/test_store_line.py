@@ -145,7 +145,9 @@ async def test_without_a_line_all_goes_through_ray(store: Store) -> None:
 
 async def test_another_users_process_is_not_let_in(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(line_module, "_user_of", lambda connection: -1)
-    line = await dial(Dialer(store))
+    address = await store.server.address()
+    assert address is not None
+    line = await line_module._connect(address)
     with pytest.raises(LineLost):
         await line.send([(b"a", None, 0)], [])
     assert store.by_line == 0

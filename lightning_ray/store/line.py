@@ -33,6 +33,8 @@ Calls = Callable[[Sequence[Envelope], list[pa.Buffer]], Awaitable[list[Answer]]]
 
 AGAIN_SECONDS = 30.0
 """After a line could not be opened."""
+REOPEN_SECONDS = 0.5
+"""From one line to the next."""
 logger = logging.getLogger(__name__)
 
 _SIZES = struct.Struct("<IQ")
@@ -206,7 +208,7 @@ class Dialer:
             address = await self._handle.line.remote()
             if address is not None:
                 self._line = await _connect(address)
-                self._not_before = 0.0
+                self._not_before = time.monotonic() + REOPEN_SECONDS
         except Exception as error:  # it is on another machine, or just died: Ray knows more
             logger.debug("no line to the store: %s", error)
 
