@@ -1,7 +1,7 @@
 """How much of the hardware reaches the learning?
 
-    python -m benchmarks.training            (about 5 minutes on 2 cores)
-    python -m benchmarks.training --quick    (about 2 minutes)
+    python -m benchmarks.training            (about 6 minutes on 2 cores)
+    python -m benchmarks.training --quick    (about 3.5 minutes)
 
 ``update_tokens_per_cpu_s_ratio`` is the update's tokens per CPU second over those of a bare PyTorch loop with the same
 loss (``training_update``); ``multi_turn_tokens_ratio`` the tokens of an 8-turn agent's rows in trajectory mode over
@@ -39,9 +39,9 @@ def main() -> None:
     quick = arguments.parse_args().quick
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with contextlib.redirect_stdout(sys.stderr):
-        figures: dict[str, Any] = training_update.measure(windows=5 if quick else 15)
+        figures: dict[str, Any] = training_update.measure(windows=6 if quick else 15)
         figures["multi_turn_tokens_ratio"] = batches.measure(batches.QUICK)["multi_turn_tokens_ratio"]
-        figures |= training_async.measure(steps=8 if quick else 20)
+        figures |= training_async.measure(steps=20, quick=quick)
     figures |= circumstances(quick)
     show("training", GOALS, figures)
     print(json.dumps(figures))

@@ -1,7 +1,9 @@
 """Steps a second with and without overlap of playing and training, on the whole chain; and whether it stayed exact.
 
 The agent's durations are log-normal with a 95th percentile of five times the median (a tool that takes its time), its
-calls go to the engine that all share. Both runs train the same tasks with the same settings but ``max_staleness``.
+calls go to the engine that all share. Both runs play the same tasks, with the same durations of the tool and as many
+rollouts at once as a step has, and differ in ``max_staleness`` alone. A second asynchronous run plays all that has a
+slot. The weights move: the learning rate is high enough for the reward to rise.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ import json
 import math
 import tempfile
 import time
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +30,22 @@ from lightning_ray.run import Run
 from lightning_ray.run_folder import RunFolder
 from tests.e2e.tiny import WORDS, make_tiny_model
 
-MEDIAN_SECONDS = 1.0
+MEDIAN_SECONDS = 0.5
 SIGMA = math.log(5) / 1.645
 """Of the logarithm: the 95th percentile is five times the median."""
 MAX_STALENESS = 3
+GROUP, GROUPS = 4, 4
+"""Rollouts of a group, and groups of a step."""
+WARM_UP = 2
+"""Steps that are not timed."""
 TASKS = [{"question": f"w{index % 12} w{index * 5 % 12}"} for index in range(48)]
 
 
 @lr.rollout
 async def waits(task: dict[str, Any], llm: lr.LLM, rollout: lr.Rollout) -> float:
     """Two model turns with a slow tool between them; the reward is the share of even words."""
-    chance = np.random.default_rng(zlib.crc32(rollout.rollout_id.encode()))
+    place = (rollout.metadata or {}).get("seed", 0)  # the same in both runs
+    seconds = MEDIAN_SECONDS * math.exp(SIGMA * np.random.default_rng(place).standard_normal())
     client = AsyncOpenAI(base_url=llm.endpoint, api_key=llm.api_key)
     messages: list[Any] = [{"role": "user", "content": task["question"]}]
     said: list[str] = []
@@ -51,36 +57,41 @@ async def waits(task: dict[str, Any], llm: lr.LLM, rollout: lr.Rollout) -> float
         said += text.split()
         messages += [{"role": "assistant", "content": text}, {"role": "user", "content": "w1 w2"}]
         if not turn:
-            await asyncio.sleep(MEDIAN_SECONDS * math.exp(SIGMA * chance.standard_normal()))
+            await asyncio.sleep(seconds)
     return sum(word in WORDS[::2] for word in said) / max(1, len(said))
 
 
-async def one_run(folder: Path, steps: int, max_staleness: int) -> dict[str, Any]:
-    """The summary of a run, with ``steps_per_s`` from the end of its second step (the first warm the trainer up)."""
+async def one_run(folder: Path, steps: int, max_staleness: int, at_once: int) -> dict[str, Any]:
+    """The summary of a run, with ``steps_per_s`` from the end of its second step (the first warm the trainer up), and
+    its ``rows`` of metrics.jsonl.
+    """
     settings = GRPO(
         model=make_tiny_model,
         ranks=1,
-        group_size=4,
-        prompts_per_step=4,
+        group_size=GROUP,
+        prompts_per_step=GROUPS,
         steps=steps,
+        learning_rate=1e-3,
         max_staleness=max_staleness,
+        reproducible=True,
         checkpoint_every=steps,
         engine=EngineSettings(max_model_len=128, kv_cache_memory_mb=16),
     )
     run_folder = RunFolder(folder)
     run_folder.create(resume=False)
-    runners = RunnerSettings(minimum=1, maximum=1, concurrency=128)
+    runners = RunnerSettings(minimum=1, maximum=1, concurrency=at_once)
     run = Run(run_folder, Reporter(Console(quiet=True)), Cluster(), waits, {"train": TASKS}, runners, False)
     learning = asyncio.create_task(TrainingLoop(settings, run).learn())
     try:
-        began = await reached(run, learning, 2)
+        began = await reached(run, learning, WARM_UP)
         ended = await reached(run, learning, steps)
         await learning
     finally:
         learning.cancel()
         await run.close()
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
-    return {**summary, "steps_per_s": (steps - 2) / (ended - began)}
+    rows = [row for row in run_folder.metrics() if row["kind"] == "train"]
+    return {**summary, "rows": rows, "steps_per_s": (steps - WARM_UP) / (ended - began)}
 
 
 async def reached(run: Run, learning: asyncio.Task[None], step: int) -> float:
@@ -92,18 +103,32 @@ async def reached(run: Run, learning: asyncio.Task[None], step: int) -> float:
     return time.perf_counter()
 
 
-def measure(steps: int) -> dict[str, Any]:
-    """Both runs, one after the other."""
-    with tempfile.TemporaryDirectory() as folder:
-        sync = asyncio.run(one_run(Path(folder) / "sync", steps, 0))
-        overlapped = asyncio.run(one_run(Path(folder) / "async", steps, MAX_STALENESS))
-    counts = ("unproved_tokens_trained", "stale_tokens_beyond_bound")
-    return {
-        "async_speedup": round(overlapped["steps_per_s"] / sync["steps_per_s"], 2),
-        "max_logprob_diff": max(sync["max_logprob_diff"], overlapped["max_logprob_diff"]),
-        **{name: sync[name] + overlapped[name] for name in counts},
-        "async_steps": steps,
-        "async_max_staleness": MAX_STALENESS,
-        "steps_per_s_sync": round(sync["steps_per_s"], 3),
-        "steps_per_s_async": round(overlapped["steps_per_s"], 3),
+def measure(steps: int, quick: bool) -> dict[str, Any]:
+    """The runs, one after the other; a quick measurement has half of the steps without overlap, and no third run."""
+    slots = GROUP * GROUPS
+    chosen = {"sync": (steps // 2 if quick else steps, 0, slots), "async": (steps, MAX_STALENESS, slots)}
+    if not quick:
+        chosen["async_all_slots"] = (steps, MAX_STALENESS, slots * (1 + MAX_STALENESS))
+    with tempfile.TemporaryDirectory(prefix="lr-async-") as folder:
+        runs = {name: asyncio.run(one_run(Path(folder) / name, *how)) for name, how in chosen.items()}
+    sync, others = runs["sync"], [name for name in runs if name != "sync"]
+    figures: dict[str, Any] = {
+        f"{name}_speedup": round(runs[name]["steps_per_s"] / sync["steps_per_s"], 2) for name in others
     }
+    figures["max_logprob_diff"] = max(run["max_logprob_diff"] for run in runs.values())
+    for name in ("unproved_tokens_trained", "stale_tokens_beyond_bound"):
+        figures[name] = sum(run[name] for run in runs.values())
+    figures |= {"async_steps": steps, "async_max_staleness": MAX_STALENESS, "rollouts_at_once": slots}
+    for name, run in runs.items():
+        figures[f"steps_per_s_{name}"] = round(run["steps_per_s"], 3)
+        figures[f"swaps_{name}"] = run["swaps_proved"]
+        figures[f"swap_ms_median_{name}"] = run["swap_ms_median"]
+        figures[f"busy_share_{name}"] = round(1 - run["time_shares"]["rollouts"], 3)
+    figures["staleness_mean_async"] = staleness_mean(runs["async"]["rows"])
+    return figures
+
+
+def staleness_mean(rows: list[dict[str, Any]]) -> float:
+    """Versions, over the steps that trained."""
+    found = [row["update.staleness_mean"] for row in rows if "update.staleness_mean" in row]
+    return round(sum(found) / len(found), 2)
