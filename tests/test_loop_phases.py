@@ -81,8 +81,8 @@ def time(monkeypatch: pytest.MonkeyPatch) -> Time:
 async def two_steps(time: Time, rewards: tuple[float, float], **more: Any) -> list[tuple[dict[str, Any], StepTimes]]:
     run = PassingRun(time, rewards)
     settings = GRPO(model="m", steps=9, prompts_per_step=1, group_size=2, validate_every=1, checkpoint_every=1, **more)
-    loop: Any = TrainingLoop(settings, run)  # type: ignore[arg-type]
-    loop._clock, loop._flow = PhaseClock(time), PassingFlow(time)
+    loop: Any = TrainingLoop(settings, run, PhaseClock(time))  # type: ignore[arg-type]
+    loop._source._flow = PassingFlow(time)
     for step in range(2):
         await loop._step(step)
     return run.recorded

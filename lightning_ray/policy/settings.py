@@ -50,8 +50,32 @@ class OptimizerSettings(Settings):
     """Upper bound of the global gradient norm."""
 
 
-class LearningSettings(OptimizerSettings):
-    """Advantages and loss; what an algorithm that trains weights lets its user choose."""
+class TrainingSettings(OptimizerSettings):
+    """What is trained, in which portions, and how a loss is averaged, whatever the loss."""
+
+    loss_aggregation: Aggregation = "token-mean"
+    """Over the trained tokens of a minibatch, its rollouts, or its rows (``seq``: a row is one trajectory)."""
+    loss_horizon: int | None = Field(default=None, gt=0)
+    """Tokens by which ``rollout-sum-norm`` and ``seq-mean-token-sum-norm`` divide a sum."""
+    lora: LoraSettings = LoraSettings()
+    epochs: int = Field(default=1, ge=1)
+    """Passes over a batch."""
+    minibatch_rollouts: int = Field(default=64, ge=1)
+    """At most this many rollouts to an optimizer step."""
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _horizon_where_needed(self) -> TrainingSettings:
+        if self.loss_aggregation.endswith("-norm") != (self.loss_horizon is not None):
+            raise ValueError(
+                "loss_horizon belongs to loss_aggregation='rollout-sum-norm' or 'seq-mean-token-sum-norm': set both, "
+                f"for instance loss_horizon=1024, or neither (got {self.loss_aggregation!r}, {self.loss_horizon})"
+            )
+        return self
+
+
+class LearningSettings(TrainingSettings):
+    """Advantages and loss; what an algorithm that learns from rewards lets its user choose."""
 
     advantage: AdvantageName = "grpo"
     """How rewards become advantages, over the rollouts of a group. ``reward`` takes the reward itself."""
@@ -67,10 +91,6 @@ class LearningSettings(OptimizerSettings):
     """``sapo``'s temperature where the advantage is positive."""
     tau_negative: float = Field(default=1.05, gt=0)
     """``sapo``'s temperature elsewhere."""
-    loss_aggregation: Aggregation = "token-mean"
-    """Over the trained tokens of a minibatch, its rollouts, or its rows (``seq``: a row is one trajectory)."""
-    loss_horizon: int | None = Field(default=None, gt=0)
-    """Tokens by which ``rollout-sum-norm`` and ``seq-mean-token-sum-norm`` divide a sum."""
     old_logprobs: Literal["engine", "trainer"] = "engine"
     """Ratios are against the engine's logprobs as sampled, or the trainer's before the first step of the update
     (decoupled PPO: Hilton et al., 2021, "Batch size-invariance for policy optimization"), at one forward pass more."""
@@ -78,21 +98,6 @@ class LearningSettings(OptimizerSettings):
     reference: ReferenceSettings = ReferenceSettings()
     entropy_bonus: float = Field(default=0.0, ge=0)
     """Weight of the policy's entropy (nats), which the loss then rewards."""
-    lora: LoraSettings = LoraSettings()
-    epochs: int = Field(default=1, ge=1)
-    """Passes over a batch."""
-    minibatch_rollouts: int = Field(default=64, ge=1)
-    """At most this many rollouts to an optimizer step."""
-    seed: int = 0
-
-    @model_validator(mode="after")
-    def _horizon_where_needed(self) -> LearningSettings:
-        if self.loss_aggregation.endswith("-norm") != (self.loss_horizon is not None):
-            raise ValueError(
-                "loss_horizon belongs to loss_aggregation='rollout-sum-norm' or 'seq-mean-token-sum-norm': set both, "
-                f"for instance loss_horizon=1024, or neither (got {self.loss_aggregation!r}, {self.loss_horizon})"
-            )
-        return self
 
     @model_validator(mode="after")
     def _weights_count_once(self) -> LearningSettings:
@@ -114,6 +119,8 @@ class UpdateSettings(LearningSettings):
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the forward and backward pass; the optimizer always works on float32 weights."""
+    objective: Literal["policy", "likelihood"] = "policy"
+    """``likelihood`` trains the negative log-likelihood of what was sampled, whatever the rewards."""
     credit: Literal["outcome", "step"] = "outcome"
     """One reward a rollout, or one each model call (column ``step_rewards``): DeepSeekMath's process supervision."""
     micro_batch_tokens: int = Field(default=2048, ge=1)

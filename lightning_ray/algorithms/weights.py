@@ -1,0 +1,121 @@
+"""What algorithms that train weights have in common: a model, its engine and trainer ranks, steps, and their limits.
+
+A step takes the rollouts of some tasks, settles which of them are trained on, updates the policy and swaps its weights,
+proved; the loop is ``algorithms.loop``'s. What is settled how, and the loss, is each algorithm's own.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from lightning_ray.algorithms.base import AlgorithmSettings
+from lightning_ray.config import EngineSettings, build
+from lightning_ray.errors import ConfigError
+from lightning_ray.policy.model_folder import check_model_folder
+from lightning_ray.policy.settings import TrainingSettings, UpdateSettings
+from lightning_ray.trajectories.settings import BatchSettings
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from lightning_ray.algorithms.source import Source
+    from lightning_ray.phases import PhaseClock
+    from lightning_ray.run import Run
+    from lightning_ray.trajectories.account import Account
+    from lightning_ray.trajectories.episode import Episode
+
+
+def check_expression(name: str, value: str) -> None:
+    """Raises ConfigError if it is no regular expression."""
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ConfigError(f"{name}={value!r} is no regular expression: {error}") from None
+
+
+class WeightAlgorithm(AlgorithmSettings, TrainingSettings):
+    """Settings of a run that trains a model."""
+
+    model: str | Path | Callable[[Path], None]
+    """Folder with a Hugging Face model, or a function that makes one in the folder it is given."""
+    model_name: str = "policy"
+    """The model's name on the wire."""
+    agent_match: str | None = None
+    """Only calls of agents in whose name this regular expression is found are trained on; all without one."""
+    group_size: int = Field(default=8, ge=1)
+    """Rollouts of each task."""
+    steps: int = Field(default=30, ge=0)
+    ranks: int = Field(default=2, ge=1)
+    """Trainer ranks, sharded by FSDP2."""
+    store_shards: int = Field(default=1, ge=1)
+    """Processes that hold the rollouts and spans, on the nodes in turn; a run's folder keeps its number."""
+    batch: BatchSettings = BatchSettings()
+    """How rollouts become rows: level, limits, rewards, groups."""
+    validate_every: int = Field(default=10, ge=0)
+    """Steps between two validations on val_dataset (greedy); 0 for none."""
+    checkpoint_every: int = Field(default=10, ge=1)
+    rollout_timeout_seconds: float = Field(default=600.0, gt=0)
+    max_attempts: int = Field(default=2, ge=1)
+    max_staleness: int = Field(default=0, ge=0)
+    """Weight versions that a trained token may be older than the weights it trains. Above 0, rollouts are played while
+    the policy is trained; 0 is strictly on-policy."""
+    reproducible: bool = False
+    """Every rollout samples with a seed of its own, so that the same weights give the same rollouts; a bit slower."""
+    engine: EngineSettings = EngineSettings()
+
+    @abstractmethod
+    def settle(self, episodes: Sequence[Episode], group_of: Mapping[str, str], oldest_version: int | None) -> Account:
+        """Which rollouts are trained on, with which rows and reward. ``oldest_version`` bounds their weights."""
+
+    @abstractmethod
+    def source(self, run: Run, clock: PhaseClock) -> Source:
+        """Where the rollouts of a step come from."""
+
+    async def scored(self, batch: pa.Table, clock: PhaseClock) -> pa.Table:
+        """The batch with what else the update needs of it."""
+        return batch
+
+    def optimizer_steps(self) -> int | None:
+        """How many the run will make, if that can be told: over these the learning rate falls."""
+        return None
+
+    def update_settings(self, model: Path) -> UpdateSettings:
+        """What the trainer ranks need of these settings. Raises ConfigError if it does not fit together."""
+        shared = UpdateSettings.model_fields.keys() & type(self).model_fields.keys()
+        values = {name: getattr(self, name) for name in shared}
+        values |= {"model_path": str(model), "device": self.engine.device, "dtype": self.engine.chosen_dtype}
+        values["credit"] = "step" if self.batch.credit == "step" else "outcome"
+        if self.schedule_steps is None:
+            values["schedule_steps"] = self.optimizer_steps()
+        return build(UpdateSettings, values, "algorithm")
+
+    def check(self, run: Run) -> None:
+        """The model, the engine's port and the memory must be there."""
+        from lightning_ray.cluster import check_memory, check_port
+
+        if isinstance(self.model, (str, Path)):
+            check_model_folder(str(self.model))
+        self.update_settings(Path("model"))
+        if self.agent_match is not None:
+            check_expression("agent_match", self.agent_match)
+        check_port(self.engine)
+        if run.cluster.owned:
+            check_memory(self.engine, self.ranks)
+
+    async def learn(self, run: Run) -> None:
+        """Settle, update, swap, prove; validate and save as told."""
+        from lightning_ray.algorithms.loop import TrainingLoop
+
+        await TrainingLoop(self, run).learn()
+
+
+def check_tasks(run: Run) -> None:
+    """Raises ConfigError if there is no task to play."""
+    if not len(run.train_dataset):
+        raise ConfigError("train_dataset is empty (length 0); give at least one task")
