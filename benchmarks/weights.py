@@ -101,7 +101,7 @@ async def swaps(folder: Path, size: str, transfer: Any, count: int, progress: Pr
         for _ in range(count + WARM_SWAPS):
             await asyncio.sleep(0.3)
             await run.publish(run.state.version + 1)
-            found.append(run._swapper.last)
+            found.append(run.policy.swapper.last)
             progress.advance(task)
             if load.done():
                 load.result()

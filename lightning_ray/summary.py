@@ -19,6 +19,7 @@ def summarize(
 
     ``rows`` are those of metrics.jsonl.
     """
+    policies = state.policies.values()
     return {
         "seconds_total": round(seconds, 1),
         "seconds_to_first_step": state.seconds_to_first_step and round(state.seconds_to_first_step, 1),
@@ -26,18 +27,18 @@ def summarize(
         "step_seconds_median": median(state.step_seconds),
         **{split: split_summary(state, split) for split in ("val", "test")},
         "rollouts": state.rollouts,
-        "rollouts_trained": state.rollouts_trained,
+        "rollouts_trained": state.total("rollouts_trained"),
         "rollouts_dropped": state.rollouts_dropped,
-        "swaps": state.swaps,
-        "swaps_proved": state.swaps_proved,
+        "swaps": state.total("swaps"),
+        "swaps_proved": state.total("swaps_proved"),
         "trainer_restarts": state.trainer_restarts,
-        "unproved_tokens_trained": state.unproved_tokens_trained,
-        "stale_tokens_beyond_bound": state.stale_tokens_beyond_bound,
-        "max_logprob_diff": state.max_logprob_diff,
-        "swap_ms_median": median(state.swap_ms),
+        "unproved_tokens_trained": state.total("unproved_tokens_trained"),
+        "stale_tokens_beyond_bound": state.total("stale_tokens_beyond_bound"),
+        "max_logprob_diff": max((policy.max_logprob_diff for policy in policies), default=0.0),
+        "swap_ms_median": median([ms for policy in policies for ms in policy.swap_ms]),
         "time_shares": time_shares(rows),
-        "tokens_sampled": state.tokens_sampled,
-        "tokens_trained": state.tokens_trained,
+        "tokens_sampled": state.total("tokens_sampled"),
+        "tokens_trained": state.total("tokens_trained"),
         "peak_memory_gb": round(peak_memory / 1e9, 2),
     }
 

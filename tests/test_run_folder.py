@@ -18,7 +18,7 @@ from lightning_ray.errors import ConfigError
 from lightning_ray.evaluation import Evaluation, evaluate
 from lightning_ray.progress import Reporter, advance, as_current, fitting, short_seconds, step_line
 from lightning_ray.run_folder import KEPT_CHECKPOINTS, RunFolder, write_json
-from lightning_ray.run_state import RunState
+from lightning_ray.run_state import PolicyState, RunState
 from lightning_ray.summary import summarize, summary_table
 from lightning_ray.trackers.jsonl import JsonlTracker
 from lightning_ray.trajectories.episode import Episode
@@ -208,10 +208,9 @@ def state() -> RunState:
     return RunState(
         step=2,
         step_seconds=[1.0, 2.0, 9.0],
-        swap_ms=[10.0, 20.0],
         seconds_to_first_step=1.26,
         rollouts=32,
-        rollouts_dropped={"no_variance": 8},
+        policies={"policy": PolicyState(swap_ms=[10.0, 20.0], rollouts_dropped={"no_variance": 8})},
         evaluations={
             "val.sampled_before": found(0.1),
             "val.greedy_before": found(0.2, valid=0.5),

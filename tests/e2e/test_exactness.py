@@ -187,7 +187,7 @@ def logprobs_of(model: Any, token_ids: np.ndarray) -> np.ndarray:
 async def test_a_swap_that_moved_nothing_is_refused_by_the_names_of_what_differs(run: Run) -> None:
     episodes, group = await run.play_groups(TASKS, 4, sampled=True)
     await run.update(batch_of(settle(episodes, group).trained, group))
-    swapper: Any = run._swapper
+    swapper: Any = run.policy.swapper
     send = swapper._transfer.send
 
     async def send_nothing(version: int, members: Any, only: Any = None) -> Any:

@@ -97,7 +97,7 @@ async def test_weights_that_were_spoiled_once_are_sent_again(run: Run, spoil: An
     await at_rank_0(run, other_weights)
     await at_rank_0(run, spoiling(1, spoil))
     await run.publish(run.state.version + 1)
-    swap = run._swapper.last
+    swap = run.policy.swapper.last
     assert swap is not None and len(swap.mended) == 1 and "got the weights again" in swap.mended[0]
     await still_works(run)
 
@@ -143,7 +143,7 @@ async def test_replicas_that_cannot_be_mended_are_restarted(run: Run) -> None:
     before = {m["replica_id"] for m in await run.cluster.replicas("describe")}
     await at_rank_0(run, spoiling(2, flip))
     await asyncio.wait_for(run.publish(run.state.version + 1), 240)
-    swap = run._swapper.last
+    swap = run.policy.swapper.last
     assert swap is not None and "was restarted" in swap.mended[-1]
     assert not before & {m["replica_id"] for m in await run.cluster.replicas("describe")}
     await still_works(run)
