@@ -27,6 +27,7 @@ from lightning_ray.capture.engine import CapturedEngine
 from lightning_ray.config import EngineSettings
 from lightning_ray.policy.engine_arguments import engine_arguments
 from lightning_ray.policy.engine_load import EngineLoad
+from lightning_ray.policy.loaded import Loaded
 from lightning_ray.policy.proof import CANARY, max_difference
 from lightning_ray.store.schema import spans_to_batch
 
@@ -43,7 +44,15 @@ SWAPS_KEPT = 100
 class Policy:
     """One replica: an AsyncLLM engine, vLLM's app over it, and capture around both."""
 
-    def __init__(self, model: str, model_name: str, settings: EngineSettings, store: Store, secret: bytes):
+    def __init__(
+        self,
+        model: str,
+        model_name: str,
+        settings: EngineSettings,
+        store: Store,
+        secret: bytes,
+        loaded: Loaded | None = None,
+    ):
         self.settings = settings
         self.model = model
         self.model_name = model_name
@@ -53,6 +62,8 @@ class Policy:
         self.swapping_since: float | None = None
         self.swaps: deque[dict[str, Any]] = deque(maxlen=SWAPS_KEPT)
         self.given_up = False
+        self.loaded = loaded
+        self.loaded_diff: float | None = None
         self.load = EngineLoad()
         self.engine: Any = None
         self.capture: CapturedEngine | None = None
@@ -82,9 +93,23 @@ class Policy:
         tasks = await self.engine.get_supported_tasks()
         app = build_app(args, tasks, self.engine.model_config)
         await init_app_state(self.engine, app.state, args, tasks)
+        if self.loaded is not None:
+            await self._vouch(self.loaded)
         limits = Limits(settings.max_body_mb * 2**20, settings.max_calls_per_attempt)
         backend = Backend(self._ready, lambda: self.describe()["version"], self.status)
         return CaptureEdge(app, self.secret, SharedAppend(self._append), backend, limits)
+
+    async def _vouch(self, loaded: Loaded) -> None:
+        """Answer under the weights of the model's folder, if they do as its canaries say; there will be no swap."""
+        assert self.capture is not None
+        await self.engine.update_weight_version(str(loaded.version))
+        self.capture.mark_swap(loaded.version)
+        if not loaded.canaries:
+            self.capture.proved.set()
+            return
+        canaries, expected = ([list(row) for row in rows] for rows in (loaded.canaries, loaded.expected))
+        shown = await self.prove(loaded.version, canaries, expected, loaded.tolerance)  # type: ignore[arg-type]
+        self.loaded_diff = shown["max_logprob_diff"]
 
     def _engine_place(self) -> AbstractContextManager[None]:
         if self.settings.chosen_process == "own":
@@ -133,6 +158,7 @@ class Policy:
             "version": self.capture.version,
             "proved": self.capture.proved.is_set(),
             "swapping": self.swapping_since is not None,
+            "loaded_diff": self.loaded_diff,
         }
 
     async def swap(self, version: int, offer: dict[str, Any], only: list[str] | None = None) -> dict[str, Any] | None:

@@ -26,6 +26,7 @@ from lightning_ray.config import EngineSettings, RunnerSettings
 from lightning_ray.errors import ConfigError, InfrastructureError
 from lightning_ray.hooks import Hook
 from lightning_ray.net import free_port
+from lightning_ray.policy.loaded import Loaded
 from lightning_ray.policy.settings import UpdateSettings
 from lightning_ray.policy.swap import PolicySwapper
 from lightning_ray.policy.transfer import transfer_of
@@ -144,8 +145,13 @@ class Cluster:
             "shards": len(self._store_actors),
         }
 
-    async def start_policy(self, model: Path, model_name: str, settings: EngineSettings) -> ProxyLLM:
-        """Serve the model; returns the endpoint that agents use. Answers start with the first proved push."""
+    async def start_policy(
+        self, model: Path, model_name: str, settings: EngineSettings, loaded: Loaded | None = None
+    ) -> ProxyLLM:
+        """Serve the model; returns the endpoint that agents use.
+
+        Answers start with the first proved push; with ``loaded``, under the weights of the folder and without one.
+        """
         from ray import serve
 
         from deployments.policy import Policy
@@ -157,7 +163,7 @@ class Cluster:
         def deploy() -> Any:
             start_serve(settings.host, port)
             application = Policy.options(**options).bind(  # type: ignore[attr-defined]
-                str(model), model_name, settings, self.store, self.secret
+                str(model), model_name, settings, self.store, self.secret, loaded
             )
             return serve.run(application, name=self._name, route_prefix=route)
 

@@ -54,6 +54,22 @@ def check_model_folder(path: str, setting: str = "model_path") -> Path:
     return folder
 
 
+def matrix_names(folder: Path) -> set[str]:
+    """The modules with a matrix, by the last part of their names: ``q_proj``, ``embed_tokens``, ...; of safetensors."""
+    names = set()
+    for file in folder.glob("*.safetensors"):
+        with file.open("rb") as opened:
+            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+        names |= {name.split(".")[-2] for name, tensor in header.items() if len(tensor.get("shape", ())) == 2}
+    return names
+
+
+def vocabulary_of(folder: Path) -> int:
+    """How many tokens the model of a folder knows; of one with several parts, its text part."""
+    config = json.loads((folder / "config.json").read_text())
+    return int(config.get("text_config", config)["vocab_size"])
+
+
 def tokenizer_hash(folder: Path) -> str:
     """SHA-256 over names and bytes of the files that make the folder's tokenizer; the same for none."""
     digest = hashlib.sha256()

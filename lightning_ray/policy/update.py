@@ -9,6 +9,7 @@ are trained. Processes, deadlines and weight transfer are left to others.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,9 +21,11 @@ from tensordict import TensorDict
 from lightning_ray.policy.aggregation import row_weights
 from lightning_ray.policy.batch import Batch, read_batch
 from lightning_ray.policy.figures import update_figures
+from lightning_ray.policy.loaded import write_canaries
 from lightning_ray.policy.micro_batch import LogprobGap, Minibatch, pad_rows
-from lightning_ray.policy.model_folder import check_model_folder
+from lightning_ray.policy.model_folder import check_model_folder, vocabulary_of
 from lightning_ray.policy.plan import assign_rows, split_rollouts
+from lightning_ray.policy.proof import canary_prompts
 from lightning_ray.policy.settings import UpdateSettings
 from lightning_ray.policy.staleness import staleness
 from lightning_ray.policy.verl_backend import choose_platform
@@ -158,10 +161,16 @@ class PolicyUpdater:
         return adapter_weights(self._engine)
 
     def save(self, folder: str) -> None:
-        """Write the model, or its LoRA adapter, and the state of its training; see ``checkpoint.save``."""
+        """Write the model, or its LoRA adapter, and the state of its training (``checkpoint.save``), with canaries by
+        which a replica that loads the folder is proved (``loaded``).
+        """
         from lightning_ray.policy import checkpoint
 
         checkpoint.save(self._engine, self.settings, folder, self.updates)
+        prompts = canary_prompts(vocabulary_of(Path(self.settings.model_path)))
+        logprobs = self.logprobs(prompts)
+        if self.rank == 0:
+            write_canaries(Path(folder), prompts, [[float(x) for x in row] for row in logprobs])
 
     def load(self, folder: str) -> None:
         """Go on where ``save`` wrote the folder; see ``checkpoint.load``."""
