@@ -101,6 +101,7 @@ if TYPE_CHECKING:
         TraceToTripletBase,
         Triplet,
     )
+    from lightning_ray.algorithms.apo import APO
     from lightning_ray.algorithms.batches import batch_iter_over_dataset
     from lightning_ray.algorithms.decorator import FunctionalAlgorithm, algo
     from lightning_ray.algorithms.fast import Baseline, FastAlgorithm
@@ -110,6 +111,7 @@ if TYPE_CHECKING:
     from lightning_ray.stepper import LitAgentRunner
 
 __all__ = [
+    "APO",
     "GRPO",
     "LLM",
     "Adapter",
@@ -224,6 +226,7 @@ _LAZY = {
         ),
         "lightning_ray.adapters",
     ),
+    "APO": "lightning_ray.algorithms.apo",
     "Baseline": "lightning_ray.algorithms.fast",
     "CommandAgent": "lightning_ray.command_agent",
     "DevRollout": "lightning_ray.dev",

@@ -28,6 +28,7 @@ README = """# Run {name}
 | `metrics.jsonl` | one JSON object for each step and each validation |
 | `tensorboard/` | the same for `tensorboard --logdir`; `wandb/` for W&B, if it was asked for |
 | `steps.jsonl` | for each step the groups of rollouts that it settled, in order, and the version of the weights |
+| `report.html`, `best/` | where prompts were optimised: every candidate with its critique, and the best templates |
 | `config.json` | the resolved settings |
 | `ray.json` | while it runs: Ray's address and namespace, and the name of the store's actor |
 | `checkpoints/` | models in Hugging Face format, each with the state of its training; `latest` names the last |

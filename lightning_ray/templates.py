@@ -6,6 +6,8 @@ half a second for each rendering: it is for templates that are trusted, and best
 
 from __future__ import annotations
 
+import re
+import string
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -32,6 +34,54 @@ def render(engine: str, template: str, values: Mapping[str, Any]) -> str:
     if engine not in ENGINES:
         raise ConfigError(f"prompt template engine {engine!r} is unknown; use one of {sorted(ENGINES)}")
     return ENGINES[engine](template, values)
+
+
+def holes(engine: str, template: str) -> frozenset[str]:
+    """The names that a template wants values for; of POML those that stand first in ``{{ }}``.
+
+    Raises TemplateError for a malformed template or a hole without a name, ConfigError for an unknown engine.
+    """
+    if engine not in ENGINES:
+        raise ConfigError(f"prompt template engine {engine!r} is unknown; use one of {sorted(ENGINES)}")
+    return _HOLES[engine](template)
+
+
+def hole(engine: str, name: str) -> str:
+    """How a hole is written."""
+    return f"{{{name}}}" if engine == "f-string" else f"{{{{ {name} }}}}"
+
+
+def _format_holes(template: str) -> frozenset[str]:
+    found: set[str] = set()
+    try:
+        for _, name, spec, _ in string.Formatter().parse(template):
+            if name is None:
+                continue
+            if not (root := re.split(r"[.\[]", name)[0]).isidentifier():
+                raise TemplateError(f"the prompt has a hole {{{name}}} that is no name; write {{{{ and }}}} for braces")
+            found |= {root, *(_format_holes(spec) if spec else ())}
+    except ValueError as error:
+        if isinstance(error, TemplateError):
+            raise
+        raise TemplateError(
+            f"the prompt is no format string: {error}; write {{{{ and }}}} for braces that are no hole"
+        ) from error
+    return frozenset(found)
+
+
+def _jinja_holes(template: str) -> frozenset[str]:
+    import jinja2
+    from jinja2 import meta
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    try:
+        return frozenset(meta.find_undeclared_variables(ImmutableSandboxedEnvironment().parse(template)))
+    except jinja2.TemplateError as error:
+        raise TemplateError(f"the prompt is no Jinja template: {error}") from error
+
+
+def _poml_holes(template: str) -> frozenset[str]:
+    return frozenset(re.findall(r"\{\{\s*([A-Za-z_]\w*)", template))
 
 
 def _format(template: str, values: Mapping[str, Any]) -> str:
@@ -81,3 +131,8 @@ def _poml(template: str, values: Mapping[str, Any]) -> str:
 
 
 ENGINES: dict[str, Callable[[str, Mapping[str, Any]], str]] = {"f-string": _format, "jinja": _jinja, "poml": _poml}
+_HOLES: dict[str, Callable[[str], frozenset[str]]] = {
+    "f-string": _format_holes,
+    "jinja": _jinja_holes,
+    "poml": _poml_holes,
+}

@@ -105,6 +105,10 @@ class Algorithm:
         """What the run's config.json keeps of it."""
         return {}
 
+    def summary(self) -> dict[str, Any]:
+        """What the run's summary.json keeps of what it found, beside the counts of rollouts."""
+        return {}
+
     def _attached(self, value: Any, what: str) -> Any:
         if value is None:
             raise NotAttachedError(

@@ -11,8 +11,10 @@ from lightning_ray.types import Dataset
 T = TypeVar("T")
 
 
-def batch_iter_over_dataset(dataset: Dataset[T], batch_size: int) -> Iterator[Sequence[T]]:
-    """Batches of ``batch_size`` tasks for ever, every pass over the data set in a fresh random order.
+def batch_iter_over_dataset(
+    dataset: Dataset[T], batch_size: int, rng: random.Random | None = None
+) -> Iterator[Sequence[T]]:
+    """Batches of ``batch_size`` tasks for ever, every pass over the data set in a fresh random order (of ``rng``).
 
     No batch has a task twice: one that a pass leaves short is filled by the next with other tasks. A data set that is
     no larger than a batch is a batch.
@@ -21,8 +23,9 @@ def batch_iter_over_dataset(dataset: Dataset[T], batch_size: int) -> Iterator[Se
     if size < 1:
         raise ValueError(f"batches of {batch_size} out of {len(dataset)} tasks: both must be at least 1")
     batch: list[int] = []
+    sample = random.sample if rng is None else rng.sample
     while True:
-        order = random.sample(range(len(dataset)), len(dataset))
+        order = sample(range(len(dataset)), len(dataset))
         begun = frozenset(batch)
         for index in sorted(order, key=begun.__contains__):
             batch.append(index)

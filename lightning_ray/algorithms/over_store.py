@@ -81,5 +81,5 @@ async def learn_over_store(algorithm: Algorithm, run: Run) -> None:
         learning.cancel()
     known = await run.store.statistics()
     counts = {name: known[name] for name in ("rollouts", "rollouts_by_status", "spans")}
-    write_json(run.folder.path / "summary.json", {**counts, "seconds": run.elapsed()})
+    write_json(run.folder.path / "summary.json", {**counts, "seconds": run.elapsed(), **algorithm.summary()})
     run.reporter.note(f"everything is in {run.folder.path}")
