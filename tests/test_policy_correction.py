@@ -116,6 +116,17 @@ def test_a_correction_multiplies_the_loss_of_decoupled_ppo(
         assert result["rejected_share"] == pytest.approx(float(rejected.mean()))
 
 
+def test_importance_weights_are_told_without_a_correction(ranks: Ranks, folder: Path, table: pa.Table) -> None:
+    ratios = torch.cat([ratio(row) for row in by_hand.rows_of(table, load(folder))])
+    for world_size in (1, 2):
+        settings = one_step(folder, correction={"cap": 1.2})
+        result = ranks.build(settings, world_size).call("update", table)
+        assert result["ratio_mean"] == pytest.approx(float(ratios.mean()), rel=1e-5)
+        assert result["ratio_max"] == pytest.approx(float(ratios.max()), rel=1e-5)
+        assert 0 < result["capped_share"] == pytest.approx(float((ratios > 1.2).float().mean()))
+        assert result["rejected_share"] == 0
+
+
 def test_without_a_ratio_the_weights_are_of_the_present_policy(ranks: Ranks, folder: Path, table: pa.Table) -> None:
     model = load(folder)
     rows = by_hand.rows_of(table, model)

@@ -156,14 +156,36 @@ def test_logprobs_are_checked_before_the_first_step(ranks: Ranks, folder: Path, 
     assert result["mean_logprob_diff"] == pytest.approx(0.125 / result["trained_tokens"], abs=1e-5)
 
 
-def test_a_rollout_alone_in_its_group_is_left_out(ranks: Ranks, folder: Path, batches: list[pa.Table]) -> None:
+COMPARING = ("grpo", "rloo", "opo", "gpg", "reinforce_plus_plus_baseline")
+
+
+@pytest.mark.parametrize("advantage", get_args(AdvantageName))
+def test_a_rollout_alone_in_its_group_has_no_baseline(
+    ranks: Ranks, folder: Path, batches: list[pa.Table], advantage: str
+) -> None:
+    """Where rollouts are compared its advantage is 0, and in no statistic; its tokens count all the same."""
     table = batches[0]
-    lone = [row | {"rollout_id": "z", "group_id": "z"} for row in table.to_pylist() if row["rollout_id"] == "r0"]
+    other = {"rollout_id": "z", "group_id": "z", "reward": 2.0}
+    lone = [row | other for row in table.to_pylist() if row["rollout_id"] == "r0"]
     added = pa.concat_tables([table, pa.Table.from_pylist(lone, table.schema)])
-    settings = settings_for(folder, warmup_steps=0)
+    settings = settings_for(folder, warmup_steps=0, advantage=advantage, minibatch_rollouts=1000)
     without = ranks.build(settings, 1).call("update", table)
     result = ranks.build(settings, 1).call("update", added)
-    assert result == pytest.approx(without | {"lone_rollouts": 1.0})
+    assert (without["lone_rollouts"], result["lone_rollouts"]) == (0, 1)
+    assert result["trained_rollouts"] == without["trained_rollouts"] + 1
+    whole = result["loss"] * result["trained_tokens"]
+    unchanged = whole == pytest.approx(without["loss"] * without["trained_tokens"], rel=1e-4)
+    assert unchanged == (advantage in COMPARING)
+
+
+def test_a_batch_of_lone_rollouts_alone_moves_nothing(ranks: Ranks, folder: Path, batches: list[pa.Table]) -> None:
+    table = batches[0]
+    alone = table.set_column(table.column_names.index("group_id"), "group_id", table["rollout_id"])
+    before = ranks.build(settings_for(folder, warmup_steps=0, weight_decay=0.0), 1).weights()
+    result = ranks.call("update", alone)
+    assert result["loss"] == result["grad_norm"] == 0
+    assert result["lone_rollouts"] == result["trained_rollouts"] > 1
+    assert_same_weights(ranks.weights(), before, atol=0)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -185,6 +207,36 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert_same_weights(ranks.weights(), saved_weights, atol=0)
     assert [ranks.call("update", table) for table in batches[1:]] == expected
     assert_same_weights(ranks.weights(), expected_weights, atol=0)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_resume_follows_the_settings_it_is_given(
+    ranks: Ranks, folder: Path, batches: list[pa.Table], tmp_path: Path, world_size: int
+) -> None:
+    """Moments and the schedule's place are the checkpoint's; rate, betas, decay and the schedule's shape are given."""
+    settings = settings_for(folder, minibatch_rollouts=1000, weight_decay=0.0, warmup_steps=1)
+    ranks.build(settings, world_size)
+    for table in batches[:2]:
+        ranks.call("update", table)
+    ranks.call("save", str(tmp_path / "saved"))
+    saved = ranks.weights()
+
+    def resumed(**changes: Any) -> tuple[float, np.ndarray]:
+        ranks.build(settings.model_copy(update=changes), world_size)
+        ranks.call("load", str(tmp_path / "saved"))
+        result = ranks.call("update", batches[2])
+        moved = ranks.weights()
+        return result["learning_rate"], np.concatenate([(moved[name] - saved[name]).ravel() for name in saved])
+
+    rate, step = resumed()
+    assert rate == settings.learning_rate
+    tripled, larger = resumed(learning_rate=3 * rate)
+    assert tripled == 3 * rate
+    np.testing.assert_allclose(larger, 3 * step, atol=1e-6)
+    assert resumed(schedule="linear", schedule_steps=5)[0] == pytest.approx(rate * 3 / 4)
+    assert resumed(warmup_steps=8)[0] == pytest.approx(rate * 2 / 8)
+    assert np.abs(resumed(betas=(0.5, 0.99))[1] - step).max() > 1e-5
+    assert np.abs(resumed(weight_decay=0.5)[1] - step).max() > 1e-5
 
 
 def test_a_saved_folder_is_a_model(ranks: Ranks, folder: Path, batches: list[pa.Table], tmp_path: Path) -> None:
@@ -257,7 +309,7 @@ def test_a_malformed_batch_is_named(ranks: Ranks, folder: Path, batches: list[pa
         (with_column(table, "mask", first_trained), "row 2 trains its first token"),
         (with_column(table, "logprobs", short), "'logprobs' must have as many items"),
         (with_column(table, "reward", two_rewards), "different rewards"),
-        (with_column(table, "mask", [[0] * len(row) for row in first_trained]), "empty or alone"),
+        (with_column(table, "mask", [[0] * len(row) for row in first_trained]), "no rollout of the batch"),
     ]:
         with pytest.raises(ValueError, match=message):
             ranks.call("update", broken)

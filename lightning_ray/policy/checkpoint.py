@@ -54,6 +54,9 @@ def save(engine: PaddedEngine, settings: UpdateSettings, folder: str, updates: i
 def load(engine: PaddedEngine, settings: UpdateSettings, folder: str) -> int:
     """Go on where ``save`` wrote the folder, bit for bit; collective. Returns the updates made by then.
 
+    The optimizer keeps its moments, the schedule its place; rate, betas, decay and the schedule's shape are those of
+    the settings, which may have changed.
+
     Raises ConfigError if the folder holds no such state, that of another number of ranks, another tokenizer, or an
     adapter where whole weights are trained, or the other way round.
     """
@@ -67,6 +70,7 @@ def load(engine: PaddedEngine, settings: UpdateSettings, folder: str) -> int:
         )
     check_tokenizer(Path(folder), Path(settings.model_path))
     engine.load_checkpoint(str(Path(folder) / STATE), del_local_after_load=False)
+    engine.follow_settings()
     return updates
 
 

@@ -15,7 +15,7 @@ from lightning_ray.policy.credit import step_advantages
 from lightning_ray.policy.scoring import Scorer
 from lightning_ray.policy.settings import UpdateSettings
 from lightning_ray.policy.trained_tokens import TrainedTokens, trained_tokens
-from lightning_ray.policy.verl_backend.advantages import needs_group, outcome_advantages
+from lightning_ray.policy.verl_backend.advantages import outcome_advantages
 from lightning_ray.policy.verl_backend.divergence import divergence
 
 
@@ -26,17 +26,20 @@ class Prepared:
     rollouts: np.ndarray
     """Indices of those that are trained, ascending."""
     columns: dict[str, np.ndarray]
-    """Of each token of the batch: ``logprobs`` (the engine's), ``old_logprobs``, ``advantages``, ``fresh`` (whether the
-    weights about to be trained sampled it) and, where asked for, ``reference``."""
+    """Of each token of the batch: ``logprobs`` (the engine's), ``fresh`` (whether the weights about to be trained
+    sampled it), of a policy objective ``old_logprobs``, ``advantages`` and, where asked for, ``reference``."""
     figures: dict[str, float]
 
 
 def prepare(settings: UpdateSettings, batch: Batch, scorer: Scorer, version: int | None = None) -> Prepared:
     """Score the batch and credit its tokens; collective. Raises ValueError if no rollout can be trained."""
-    rollouts = trainable(settings, batch)
+    rollouts = trainable(batch)
     rows = np.flatnonzero(np.isin(batch.row_rollout, rollouts))
+    columns = {"logprobs": batch.logprobs, "fresh": batch.sampled_by(version)}
+    if settings.objective == "likelihood":
+        return Prepared(rollouts, columns, {})
     tokens = trained_tokens(batch, rollouts)
-    columns = {"logprobs": batch.logprobs, "old_logprobs": batch.logprobs, "fresh": batch.sampled_by(version)}
+    columns["old_logprobs"] = batch.logprobs
     figures: dict[str, float] = {}
     if settings.old_logprobs == "trainer" or _penalised(settings):
         policy = scorer.policy(batch, rows)
@@ -51,21 +54,20 @@ def prepare(settings: UpdateSettings, batch: Batch, scorer: Scorer, version: int
         apart = divergence(new, old, settings.reference.estimator).numpy()
         penalty = settings.reference.coefficient * apart
         figures["reference_kl"] = float((apart * tokens.mask).sum() / len(tokens.flat))
-    columns["advantages"] = _advantages(settings, batch, rollouts, tokens, penalty)
+    columns["advantages"] = settings.reward_weight * _advantages(settings, batch, rollouts, tokens, penalty)
+    if settings.teacher_weight:
+        lead = teacher_lead(batch, columns["old_logprobs"])
+        columns["advantages"] += settings.teacher_weight * lead
+        figures["teacher_kl"] = -float(lead[tokens.flat].mean(dtype=np.float64))
     return Prepared(rollouts, columns, figures)
 
 
-def trainable(settings: UpdateSettings, batch: Batch) -> np.ndarray:
-    """Indices of the rollouts with a trained token and, if they are compared, another of their group.
-
-    Raises ValueError if there are none.
-    """
-    keep = batch.trained_per_rollout() > 0
-    if needs_group(settings):
-        keep &= np.bincount(batch.group[keep], minlength=len(keep))[batch.group] > 1
-    if not keep.any():
-        raise ValueError("no rollout of the batch can be trained: each is empty or alone in its group")
-    return np.flatnonzero(keep)
+def trainable(batch: Batch) -> np.ndarray:
+    """Indices of the rollouts with a trained token. Raises ValueError if there are none."""
+    rollouts = np.flatnonzero(batch.trained_per_rollout())
+    if not len(rollouts):
+        raise ValueError("no rollout of the batch can be trained: none has a token with mask 1")
+    return rollouts
 
 
 def _penalised(settings: UpdateSettings) -> bool:
@@ -76,12 +78,26 @@ def _advantages(
     settings: UpdateSettings, batch: Batch, rollouts: np.ndarray, tokens: TrainedTokens, penalty: np.ndarray | None
 ) -> np.ndarray:
     """Of each token of the batch, float32."""
+    if not settings.reward_weight:
+        return np.zeros(len(batch.token_ids), np.float32)
     group = batch.group[rollouts]
     if settings.credit == "step":
         matrix = step_advantages(batch, tokens, group, settings.advantage_by_std)
     else:
         matrix = outcome_advantages(settings, batch.reward[rollouts], group, tokens.mask, penalty)
     return tokens.scatter(matrix, len(batch.token_ids))
+
+
+def teacher_lead(batch: Batch, student: np.ndarray) -> np.ndarray:
+    """By how much the teacher holds each token for likelier than the student, in nats; 0 where none is trained.
+
+    The mean of its negative over tokens that the student sampled estimates the reverse divergence, KL(student |
+    teacher) (Agarwal et al., 2024, "On-Policy Distillation of Language Models", arXiv:2306.13649). Raises ValueError
+    without the teacher's column.
+    """
+    if batch.teacher_logprobs is None:
+        raise ValueError("teacher_weight needs the column 'teacher_logprobs', which the batch lacks")
+    return np.where(batch.mask > 0, batch.teacher_logprobs - student, 0).astype(np.float32)
 
 
 def _gap(policy: np.ndarray, batch: Batch, tokens: TrainedTokens, version: int | None) -> dict[str, float]:

@@ -72,7 +72,7 @@ class PolicyUpdater:
 
         ``version`` is that of the weights about to be trained, by default the number of updates so far; see
         ``update_figures`` and ``staleness`` for what is returned. Further ``trained_tokens``, ``trained_rollouts``, and
-        ``lone_rollouts``, left out because no other of their group is in the batch.
+        of these ``lone_rollouts``, of which no other of their group is in the batch.
 
         Raises ValueError for a malformed batch and DivergedError for a loss that is not finite.
         """
@@ -82,13 +82,13 @@ class PolicyUpdater:
         with self._engine.train_mode():
             prepared = prepare(self.settings, batch, self._scorer, version)
             result = self._train(batch, prepared)
-        trained = batch.trained_per_rollout()
+        groups = batch.group[prepared.rollouts]
         result |= staleness(batch, self.updates if version is None else version)
         self.updates += 1
         return result | {
-            "trained_tokens": float(trained[prepared.rollouts].sum()),
-            "trained_rollouts": float(len(prepared.rollouts)),
-            "lone_rollouts": float((trained > 0).sum() - len(prepared.rollouts)),
+            "trained_tokens": float(batch.mask.sum()),
+            "trained_rollouts": float(len(groups)),
+            "lone_rollouts": float((np.bincount(groups) == 1).sum()),
         }
 
     def _train(self, batch: Batch, prepared: Prepared) -> dict[str, float]:

@@ -67,7 +67,6 @@ def _train_otherwise(alternative: Alternative, weights: Path, version: int) -> d
     updater = ReplayUpdater(alternative.settings)
     try:
         updater.load(str(weights))
-        updater.follow_settings()
         return updater.update(alternative.batch, version)
     finally:
         updater.close()

@@ -14,7 +14,6 @@ from torch.distributed.tensor import DTensor, Shard
 
 from lightning_ray.errors import ConfigError
 from lightning_ray.policy.model_folder import PROGRESS, STATE, check_tokenizer
-from lightning_ray.policy.schedule import rate_share
 from lightning_ray.policy.update import PolicyUpdater
 
 
@@ -32,16 +31,8 @@ class ReplayUpdater(PolicyUpdater):
         self._take_weights(shards.whole("model"))
         self._take_optimizer(shards.whole("optim"))
         self._engine.lr_scheduler.load_state_dict(shards.first("extra_state")["lr_scheduler"])
+        self._engine.follow_settings()
         self.updates = int(progress["updates"])
-
-    def follow_settings(self) -> None:
-        """Let rate, betas and decay be those of the settings; the state of a checkpoint brings its own."""
-        settings, scheduler = self.settings, self._engine.lr_scheduler
-        rate = settings.learning_rate * rate_share(settings, scheduler.last_epoch)
-        for group in self._engine.optimizer.param_groups:
-            group |= {"initial_lr": settings.learning_rate, "lr": rate}
-            group |= {"betas": settings.betas, "weight_decay": settings.weight_decay}
-        scheduler.base_lrs = [settings.learning_rate] * len(scheduler.base_lrs)
 
     @torch.no_grad()
     def _take_weights(self, weights: dict[str, torch.Tensor]) -> None:

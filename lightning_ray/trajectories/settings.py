@@ -23,7 +23,9 @@ class GroupPolicy(Settings):
     model_config = ConfigDict(frozen=True)
 
     alone: GroupChoice = "drop"
-    """A group with one usable rollout: nothing to compare it with. One with none is played again, too."""
+    """A group with one usable rollout. Kept, it has the advantage 0 where that compares within the group, as its own
+    reward is all there is for a baseline; ``reinforce_plus_plus`` and ``reward`` compare with no group. A group with
+    none is played again, too."""
     no_variance: GroupChoice = "drop"
     """A group whose rewards are all the same: its advantages are 0."""
     infrastructure: GroupChoice = "drop"

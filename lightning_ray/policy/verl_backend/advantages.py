@@ -19,7 +19,7 @@ OVER_ALL_ROLLOUTS = ("reward", "reinforce_plus_plus")
 
 
 def needs_group(settings: UpdateSettings) -> bool:
-    """Whether a rollout is compared with others of its group, so that one alone teaches nothing."""
+    """Whether a rollout is compared with others of its group."""
     return settings.advantage not in OVER_ALL_ROLLOUTS
 
 
@@ -30,7 +30,22 @@ def outcome_advantages(
 
     ``reward`` and ``group`` are of each rollout. ``penalty`` [R, W] is taken off the tokens' rewards; most estimators
     sum a rollout's rewards, REINFORCE++ sums those from a token on.
+
+    Where rollouts are compared within their group, one that is alone has nothing to exceed: its advantage is 0, and it
+    is in no statistic. (verl takes a group of one's mean for 0, which would make its advantage the bare reward.)
     """
+    compared = np.bincount(group)[group] > 1 if needs_group(settings) else np.ones(len(group), bool)
+    advantages = np.zeros_like(mask)
+    if compared.any():
+        several = None if penalty is None else penalty[compared]
+        advantages[compared] = _estimate(settings, reward[compared], group[compared], mask[compared], several)
+    return advantages
+
+
+def _estimate(
+    settings: UpdateSettings, reward: np.ndarray, group: np.ndarray, mask: np.ndarray, penalty: np.ndarray | None
+) -> np.ndarray:
+    """verl's estimate."""
     rewards = np.zeros_like(mask)
     rewards[np.arange(len(reward)), np.maximum(mask.sum(-1).astype(np.int64), 1) - 1] = reward
     if penalty is not None:

@@ -18,8 +18,8 @@ class Correction:
     """The weight, 0 where rejected."""
     ratio: torch.Tensor
     """What was capped: of the token or of its row; trainer over engine."""
-    changed: torch.Tensor
-    """1 where the ratio exceeded the cap or fell below the floor."""
+    beyond: torch.Tensor
+    """1 where the ratio exceeds the cap or falls below the floor, whether or not it is a weight."""
     rejected: torch.Tensor
     """1 where the token is left out."""
 
@@ -37,17 +37,16 @@ def correct(
     ratio = log_ratio.sum(-1, keepdim=True).expand_as(mask) if settings.weights == "sequence" else log_ratio
     ratio = ratio.clamp(-20, 20).exp()
     factor = torch.ones_like(mask)
-    changed = torch.zeros_like(mask)
+    beyond = ((ratio > settings.cap) | (ratio < (settings.floor or 0.0))).float()
     if settings.weights != "none" and mask.any():
         threshold = settings.cap if settings.floor is None else f"{settings.floor}_{settings.cap}"
         factor, _ = compute_rollout_correction_weights(log_ratio, mask, settings.weights, threshold)
-        changed = ((ratio > settings.cap) | (ratio < (settings.floor or 0.0))).float()
     kept = torch.ones_like(mask)
     if settings.reject and mask.any():
         kept, _ = compute_rollout_rejection_mask(
             log_ratio, mask, ",".join(map(verl_name, settings.reject)), _thresholds(settings)
         )
-    return Correction(factor * kept, ratio, changed * mask, mask * (1 - kept))
+    return Correction(factor * kept, ratio, beyond * mask, mask * (1 - kept))
 
 
 def _thresholds(settings: CorrectionSettings) -> str:

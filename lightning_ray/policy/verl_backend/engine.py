@@ -69,6 +69,15 @@ class PaddedEngine(FSDPEngineWithLMHead):
             "entropy": zeros.index_put((wanted,), entropy),
         }
 
+    def follow_settings(self) -> None:
+        """Let rate, betas and decay be those of the settings; the state of a checkpoint brings its own."""
+        settings, scheduler = self.settings, self.lr_scheduler
+        rate = settings.learning_rate * rate_share(settings, scheduler.last_epoch)
+        for group in self.optimizer.param_groups:
+            group |= {"initial_lr": settings.learning_rate, "lr": rate}
+            group |= {"betas": settings.betas, "weight_decay": settings.weight_decay}
+        scheduler.base_lrs = [settings.learning_rate] * len(scheduler.base_lrs)
+
     def reshard(self) -> None:
         """Give up whole weights that a forward pass without backward left gathered."""
         for module in self.module.modules():

@@ -26,20 +26,19 @@ def minibatch_loss(settings: UpdateSettings, ranks: int) -> LossFunction:
 
     A micro batch has ``mask``, ``logprobs`` (the engine's), ``old_logprobs``, ``advantages`` and ``weight``, and
     ``reference`` where there is a penalty in the loss; all (B, T - 1) float32. The result is multiplied by ``ranks``
-    because FSDP averages gradients over ranks.
+    because FSDP averages gradients over ranks. Of a likelihood objective ``mask`` and ``weight`` are all that counts.
     """
+    if settings.objective == "likelihood":
+        return _likelihood_loss(ranks)
     policy_loss = _policy_loss(settings)
 
     def loss(model_output: Any, data: Any, dp_group: Any) -> tuple[torch.Tensor, dict[str, float]]:
         mask, logprobs = data["mask"], model_output["log_probs"]
         weight = data["weight"] * mask
-        figures: dict[str, float] = {}
-        factor = weight
-        if settings.correction.active:
-            trainer = data["old_logprobs"] if settings.old_logprobs == "trainer" else logprobs
-            correction = correct(settings.correction, trainer, data["logprobs"], mask)
-            factor = weight * correction.factor
-            figures |= _correction_figures(correction, mask)
+        trainer = data["old_logprobs"] if settings.old_logprobs == "trainer" else logprobs
+        correction = correct(settings.correction, trainer, data["logprobs"], mask)
+        factor = weight * correction.factor
+        figures = _correction_figures(correction, mask)
         value, clipped = policy_loss(data["old_logprobs"], logprobs, data["advantages"], mask, factor)
         figures["clipped"] = clipped
         if settings.reference.coefficient and settings.reference.place == "loss":
@@ -49,6 +48,16 @@ def minibatch_loss(settings: UpdateSettings, ranks: int) -> LossFunction:
         if settings.entropy_bonus:
             value = value - settings.entropy_bonus * (model_output["entropy"] * weight).sum()
         return value * ranks, figures
+
+    return loss
+
+
+def _likelihood_loss(ranks: int) -> LossFunction:
+    """The negative log-likelihood of the trained tokens."""
+
+    def loss(model_output: Any, data: Any, dp_group: Any) -> tuple[torch.Tensor, dict[str, float]]:
+        surprise = -model_output["log_probs"] * data["mask"]
+        return (surprise * data["weight"]).sum() * ranks, {"nll": float(surprise.detach().sum())}
 
     return loss
 
@@ -94,10 +103,7 @@ def _policy_loss(settings: UpdateSettings) -> Callable[..., tuple[torch.Tensor, 
 
 
 def _correction_figures(correction: Correction, mask: torch.Tensor) -> dict[str, float]:
-    """Counts over the trained tokens of a micro batch."""
-    return {
-        "ratio": float((correction.ratio * mask).sum()),
-        "ratio_max": float((correction.ratio * mask).max()),
-        "capped": float(correction.changed.sum()),
-        "rejected": float(correction.rejected.sum()),
-    }
+    """Counts over the trained tokens of a micro batch; read from the device at once."""
+    ratio = correction.ratio * mask
+    counts = (ratio.sum(), ratio.max(), correction.beyond.sum(), correction.rejected.sum())
+    return dict(zip(("ratio", "ratio_max", "capped", "rejected"), torch.stack(counts).tolist(), strict=True))
