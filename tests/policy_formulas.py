@@ -29,6 +29,9 @@ class Row:
         return (self.new - self.old).exp()
 
 
+Total = Callable[[list[Row], list[torch.Tensor]], torch.Tensor]
+
+
 def rows_of(table: pa.Table, model: torch.nn.Module, reference: torch.nn.Module | None = None) -> list[Row]:
     rows = []
     for row in table.to_pylist():

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 LISTS = ("token_ids", "mask", "logprobs")
-OPTIONAL_LISTS = ("weight_versions", "step_rewards")
+OPTIONAL_LISTS = ("weight_versions", "step_rewards", "teacher_logprobs")
 COLUMNS = (*LISTS, "rollout_id", "group_id", "reward")
 
 
@@ -36,6 +36,8 @@ class Batch:
     """Of each token: the version of the weights that sampled it."""
     step_rewards: np.ndarray | None = None
     """Of each token: its call's reward where it is the last that the call sampled, else 0 or NaN."""
+    teacher_logprobs: np.ndarray | None = None
+    """Of each token, where the mask is 1: its log probability under the teacher."""
 
     @property
     def lengths(self) -> np.ndarray:

@@ -19,11 +19,11 @@ PER_TOKEN = {
 def update_figures(steps: Sequence[dict[str, float]], tokens: Sequence[int]) -> dict[str, float]:
     """Figures of an update, from those of its optimizer steps and their trained tokens.
 
-    ``loss`` and ``grad_norm`` (before clipping) are means over the steps; over the trained tokens is ``entropy`` (nats),
-    of a likelihood objective ``nll`` (nats), otherwise ``clip_share``, ``approx_kl`` (engine against trainer, nats),
-    with a reference ``reference_kl`` (nats), and of the importance weights, trainer over engine as ``correction`` has
-    them, ``ratio_mean``, ``capped_share`` (that are beyond its ``cap`` or ``floor``, or would be without a correction)
-    and ``rejected_share``, beside ``ratio_max``. ``learning_rate`` is that of the last step. Further ``steps``.
+    ``loss`` and ``grad_norm`` (before clipping) are means over the steps; over the trained tokens is ``entropy``, of a
+    likelihood objective ``nll``, otherwise ``clip_share``, ``approx_kl`` (engine against trainer), with a reference
+    ``reference_kl`` (all in nats), and of the importance weights, trainer over engine as ``correction`` has them,
+    ``ratio_mean``, ``capped_share`` (that are beyond its ``cap`` or ``floor``, or would be without a correction) and
+    ``rejected_share``, beside ``ratio_max``. ``learning_rate`` is that of the last step. Further ``steps``.
 
     ``max_logprob_diff`` and ``mean_logprob_diff`` between trainer and engine before the first step, over all trained
     tokens, are added where they are checked.

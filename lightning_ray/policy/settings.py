@@ -121,6 +121,11 @@ class UpdateSettings(LearningSettings):
     """Of the forward and backward pass; the optimizer always works on float32 weights."""
     objective: Literal["policy", "likelihood"] = "policy"
     """``likelihood`` trains the negative log-likelihood of what was sampled, whatever the rewards."""
+    reward_weight: float = Field(default=1.0, ge=0)
+    """Weight of what rewards give a token's advantage."""
+    teacher_weight: float = Field(default=0.0, ge=0)
+    """Weight of what a teacher does (column ``teacher_logprobs``): its log probability of the token less the policy's
+    before the first step, which lets the reverse divergence from the teacher fall."""
     credit: Literal["outcome", "step"] = "outcome"
     """One reward a rollout, or one each model call (column ``step_rewards``): DeepSeekMath's process supervision."""
     micro_batch_tokens: int = Field(default=2048, ge=1)

@@ -19,7 +19,7 @@ def optimizer_step(
     update: int,
 ) -> dict[str, float]:
     """Step once; collective. Returns ``loss``, ``grad_norm`` (before clipping), ``learning_rate``, and sums over the
-    minibatch's trained tokens: ``clipped``, ``kl``, ``entropy`` and those of the loss function.
+    minibatch's trained tokens: ``kl`` (of a policy objective), ``entropy`` and those of the loss function.
 
     Raises DivergedError, naming the ``update``, if loss or gradient is not finite; no weight is changed then.
     """
@@ -32,14 +32,10 @@ def optimizer_step(
         loss, output = engine.forward_step(micro, loss_function, forward_only=False)
         loss.backward()
         logprobs = output["model_output"]["log_probs"].cpu()
-        tally.add(
-            {
-                "loss": output["loss"] / world_size,
-                "kl": float((micro["logprobs"] - logprobs)[micro["wanted"]].sum()),
-                "entropy": float(output["model_output"]["entropy"].sum()),
-                **output["metrics"],
-            }
-        )
+        measured = {"loss": output["loss"] / world_size, "entropy": float(output["model_output"]["entropy"].sum())}
+        if settings.objective == "policy":
+            measured["kl"] = float((micro["logprobs"] - logprobs)[micro["wanted"]].sum())
+        tally.add(measured | output["metrics"])
         if gap is not None:
             gap.add(logprobs, micro)
     figures = tally.over_ranks(device)
