@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,7 +21,7 @@ import lightning_ray as lr
 from lightning_ray.launch import Launch, launched
 from lightning_ray.trackers import Tracker, Trackers
 from lightning_ray.trackers.base import scalars
-from lightning_ray.trackers.choice import check_installed, check_trackers
+from lightning_ray.trackers.choice import PACKAGES, check_installed, check_trackers
 from lightning_ray.trackers.jsonl import JsonlTracker
 from lightning_ray.trackers.mlflow import MlflowTracker, dotted, legal
 from lightning_ray.trackers.ray_metrics import COUNTERS, GAUGES, RayMetrics, watch_queue
@@ -319,8 +320,14 @@ def test_what_is_no_tracker_is_refused(chosen: Any, message: str) -> None:
 
 def test_a_tracker_whose_package_is_missing_is_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(lr.ConfigError, match=r"'mlflow' needs the package 'mlflow', .* pip install mlflow"):
+    with pytest.raises(lr.ConfigError, match=r"'mlflow' needs the package .* pip install 'lightning-ray\[mlflow\]'"):
         check_installed([Kept(), "mlflow"])
+
+
+def test_each_tracker_by_name_is_an_extra_of_the_package() -> None:
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    for name, package in PACKAGES.items():
+        assert any(each.startswith(package) for each in project["optional-dependencies"][name])
 
 
 def test_trackers_are_imported_only_when_asked_for() -> None:

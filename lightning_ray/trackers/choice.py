@@ -12,7 +12,7 @@ from lightning_ray.trackers.base import Tracker
 
 Choice = str | Tracker
 PACKAGES = {"wandb": "wandb", "mlflow": "mlflow"}
-"""Name of a tracker -> the package it needs, which is imported by its first row."""
+"""Name of a tracker, and of the extra that installs what it needs -> the package, which its first row imports."""
 
 
 def check_trackers(chosen: Sequence[Choice]) -> list[Choice]:
@@ -34,10 +34,9 @@ def check_installed(chosen: Sequence[Choice]) -> None:
     """Raises ConfigError if a package that a chosen tracker needs is not there."""
     for choice in chosen:
         if isinstance(choice, str) and importlib.util.find_spec(PACKAGES[choice]) is None:
-            package = PACKAGES[choice]
             raise ConfigError(
-                f"trackers: {choice!r} needs the package {package!r}, which is not installed: pip install {package}, "
-                "or leave it out"
+                f"trackers: {choice!r} needs the package {PACKAGES[choice]!r}, which is not installed: "
+                f"pip install 'lightning-ray[{choice}]', or leave it out"
             )
 
 
