@@ -305,6 +305,10 @@ class Run:
             self._queue_watch.cancel()
         await in_thread(self.trackers.close)
         await self.cluster.stop()
+        try:
+            await in_thread(self.folder.plot_interrupted)
+        except Exception as error:  # what ended the run matters more
+            self.reporter.note(f"reward.png and training.png could not be drawn: {error}")
 
     def elapsed(self) -> float:
         """Seconds of the run so far, those before a resume included."""

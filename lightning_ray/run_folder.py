@@ -59,16 +59,28 @@ class RunFolder:
         if resume:
             if self.latest_checkpoint() is None:
                 raise ConfigError(f"--resume: {self.path} has no finished checkpoint; start the run without --resume")
-        elif self.path.exists():
-            stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(self.path.stat().st_mtime))
-            kept = self.path.with_name(f"{self.path.name}-{stamp}")
-            for number in range(2, 100):
-                if not kept.exists():
-                    break
-                kept = self.path.with_name(f"{self.path.name}-{stamp}-{number}")
-            self.path.rename(kept)
+        else:
+            self.set_aside()
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         (self.path / "README.md").write_text(README.format(name=self.path.name))
+
+    def create_for_evaluation(self, readme: str) -> None:
+        """Make the folder of an evaluation, which its README explains; one of that name is kept as a run's is."""
+        self.set_aside()
+        self.path.mkdir(parents=True)
+        (self.path / "README.md").write_text(readme.format(name=self.path.name))
+
+    def set_aside(self) -> None:
+        """Keep a folder of this name, if there is one, under a name with its time."""
+        if not self.path.exists():
+            return
+        stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(self.path.stat().st_mtime))
+        kept = self.path.with_name(f"{self.path.name}-{stamp}")
+        for number in range(2, 100):
+            if not kept.exists():
+                break
+            kept = self.path.with_name(f"{self.path.name}-{stamp}-{number}")
+        self.path.rename(kept)
 
     def latest_checkpoint(self) -> Path | None:
         """The folder of the last whole checkpoint."""
@@ -141,6 +153,14 @@ class RunFolder:
         rows = self.metrics()
         plot_reward(rows, self.path / "reward.png", self.path.name)
         plot_training(rows, self.path / "training.png", self.path.name)
+
+    def plot_interrupted(self) -> None:
+        """Draw what a run that did not finish has, if a step was made since it was last drawn."""
+        metrics, picture = self.path / METRICS, self.path / "training.png"
+        drawn = picture.stat().st_mtime_ns if picture.exists() else 0
+        steps = metrics.exists() and any(row["kind"] == "train" for row in self.metrics())
+        if steps and metrics.stat().st_mtime_ns > drawn:
+            self.plot()
 
 
 def write_json(path: Path, value: Any) -> None:

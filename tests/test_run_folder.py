@@ -165,6 +165,22 @@ def test_the_plots_are_pictures(folder: RunFolder, rows: list[dict[str, Any]]) -
         assert (folder.path / name).read_bytes().startswith(b"\x89PNG\r\n")
 
 
+def test_an_interrupted_run_has_pictures_of_the_steps_it_made(folder: RunFolder) -> None:
+    picture = folder.path / "training.png"
+    folder.plot_interrupted()
+    keep(folder, [row("val", 0, 0.5, mode="greedy")])
+    folder.plot_interrupted()
+    assert not picture.exists()
+    keep(folder, [row("train", 0, 0.1), row("train", 1, 0.2)])
+    folder.plot_interrupted()
+    drawn = picture.stat().st_mtime_ns
+    folder.plot_interrupted()
+    assert picture.stat().st_mtime_ns == drawn, "drawn again though nothing came"
+    keep(folder, [row("train", step, 0.1) for step in range(3)])
+    folder.plot_interrupted()
+    assert picture.stat().st_mtime_ns > drawn
+
+
 def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     write_json(file, {"path": tmp_path, "n": 1})
