@@ -110,11 +110,53 @@ async def test_a_resume_keeps_what_had_ended_and_plays_the_rest_anew() -> None:
     await flow.stop()
     assert one.rollout_ids[1] in player.cancelled and one.rollout_ids[0] not in player.cancelled
     again = GroupFlow(player, 2, 1, state["next_position"], 100)
-    await again.restore(Group(**group) for group in state["groups"])
+    await again.restore([Group(**group) for group in state["groups"]], 0)
     restored = player.queued[5]
     assert restored.rollout_ids[0] == one.rollout_ids[0] and restored.rollout_ids[1] != one.rollout_ids[1]
     assert again.busy == 4
     await again.stop()
+
+
+async def steps(flow: GroupFlow, player: Player, per_step: int, count: int, version: int, seed: int) -> list[Group]:
+    """Make so many steps, with groups that end in any order, from ``version`` on; returns what they took."""
+    chance, taken = random.Random(seed), []
+    for number in range(version, version + count):
+        await flow.fill(number)
+        taking = asyncio.create_task(flow.take(per_step, number))
+        while not taking.done():
+            if open_ := [g for g in player.queued if not all(player.ends[r].is_set() for r in g.rollout_ids)]:
+                player.end(chance.choice(open_))
+            await settled()
+        assert len(taking.result()) == per_step
+        taken += taking.result()
+        flow.release(group.group_id for group in taking.result())
+    return taken
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 4), st.integers(0, 3), st.integers(1, 4), st.integers(0, 3), st.integers(0, 2**32))
+def test_a_resume_may_change_the_bound_and_the_groups_of_a_step(
+    per_step: int, staleness: int, other_per_step: int, other_staleness: int, seed: int
+) -> None:
+    async def run() -> None:
+        before, after = Player(), Player()
+        flow = GroupFlow(before, per_step, staleness, 0, 10_000)
+        taken = await steps(flow, before, per_step, 4, 0, seed)
+        state = await flow.state()
+        await flow.stop()
+        after.ends = before.ends
+        again = GroupFlow(after, other_per_step, other_staleness, state["next_position"], 10_000)
+        await again.restore([Group(**group) for group in state["groups"]], 4)
+        unfinished = await again.state()
+        assert {g["position"] for g in unfinished["groups"]} == {g["position"] for g in state["groups"]}
+        more = await steps(again, after, other_per_step, 24, 4, seed)
+        versions = [4 + index // other_per_step for index in range(len(more))]
+        assert all(0 <= v - group.version <= other_staleness for v, group in zip(versions, more, strict=True))
+        positions = [group.position for group in (*taken, *more)]
+        assert len(positions) == len({*positions}) and {*range(state["next_position"])} <= {*positions}
+        await again.stop()
+
+    asyncio.run(run())
 
 
 async def test_groups_that_are_played_again_keep_their_slots() -> None:

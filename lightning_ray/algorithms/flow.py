@@ -59,6 +59,7 @@ class GroupFlow:
         self._live: dict[str, Group] = {}
         self._waiting: dict[str, asyncio.Task[None]] = {}
         self._taken: dict[str, Group] = {}
+        self._later: list[Group] = []
 
     @property
     def slots(self) -> int:
@@ -70,30 +71,31 @@ class GroupFlow:
         """Slots that are held."""
         return len(self._live) + len(self._taken)
 
-    async def restore(self, groups: Iterable[Group]) -> None:
-        """Take up groups of before a resume: what they lack is queued anew."""
-        groups = list(groups)
-        await self._player.queue(groups)
-        for group in groups:
-            self._watch(group)
+    async def restore(self, groups: Iterable[Group], version: int) -> None:
+        """Take up groups of before a resume at ``version``: what they lack is queued anew.
+
+        The bound or the groups of a step may have become smaller since: those that could not be trained in time any
+        more are played anew, by ``fill``.
+        """
+        kept: list[Group] = []
+        for group in sorted(groups, key=lambda group: (group.version, group.position)):
+            steps = group.version + self._max_staleness - version + 1
+            in_time = len(kept) < steps * self._per_step
+            (kept if in_time else self._later).append(group)
+        await self._queue(kept)
 
     async def fill(self, version: int) -> None:
         """Queue groups into all free slots."""
-        count = min(self.slots - self.busy, self._last - self._next)
-        if count <= 0:
-            return
-        groups = [Group(self._next + index, version) for index in range(count)]
-        self._next += count
-        await self._player.queue(groups)
-        for group in groups:
-            self._watch(group)
+        free = max(0, self.slots - self.busy)
+        later, self._later = self._later[:free], self._later[free:]
+        end = max(self._next, min(self._last, self._next + free - len(later)))
+        positions = [*(group.position for group in later), *range(self._next, end)]
+        self._next = end
+        await self.again(positions, version)
 
     async def again(self, positions: Sequence[int], version: int) -> None:
         """Queue the tasks at these positions once more, into slots that ``release`` gave back."""
-        groups = [Group(position, version) for position in positions]
-        await self._player.queue(groups)
-        for group in groups:
-            self._watch(group)
+        await self._queue([Group(position, version) for position in positions])
 
     async def take(self, count: int, version: int) -> list[Group]:
         """``count`` groups for a step at ``version`` (fewer at the end of the run), in order of their positions. They
@@ -131,7 +133,7 @@ class GroupFlow:
 
     async def state(self) -> dict[str, Any]:
         """What a resume needs: the next position, and the groups on their way with the rollouts that have ended."""
-        live = sorted((*self._taken.values(), *self._live.values()), key=lambda g: g.position)
+        live = sorted((*self._taken.values(), *self._live.values(), *self._later), key=lambda g: g.position)
         ended = set(await self._player.ended([rollout_id for group in live for rollout_id in group.rollout_ids]))
         groups = [{**asdict(g), "rollout_ids": [i for i in g.rollout_ids if i in ended]} for g in live]
         return {"next_position": self._next, "groups": groups}
@@ -142,10 +144,13 @@ class GroupFlow:
         for task in self._waiting.values():
             task.cancel()
         await asyncio.gather(*self._waiting.values(), return_exceptions=True)
-        self._live, self._waiting, self._taken = {}, {}, {}
+        self._live, self._waiting, self._taken, self._later = {}, {}, {}, []
         if rollouts:
             await self._player.cancel(rollouts)
 
-    def _watch(self, group: Group) -> None:
-        self._live[group.group_id] = group
-        self._waiting[group.group_id] = asyncio.create_task(self._player.wait(group.rollout_ids))
+    async def _queue(self, groups: Sequence[Group]) -> None:
+        if groups:
+            await self._player.queue(groups)
+        for group in groups:
+            self._live[group.group_id] = group
+            self._waiting[group.group_id] = asyncio.create_task(self._player.wait(group.rollout_ids))

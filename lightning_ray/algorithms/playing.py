@@ -38,12 +38,12 @@ class PlayedRollouts:
         begun = known.get("next_position", run.state.step * self._per_step)
         seed = settings.seed if settings.reproducible else None
         player = GroupPlayer(run, Epochs(run.train_dataset, settings.seed), settings.group_size, seed)
-        last = settings.steps * self._per_step
-        self._flow = GroupFlow(player, self._per_step, settings.max_staleness, begun, last)
         groups = [Group(**group) for group in known.get("groups", ())]
+        last = begun - len(groups) + (settings.steps - run.state.step) * self._per_step
+        self._flow = GroupFlow(player, self._per_step, settings.max_staleness, begun, last)
         if not keep:
             groups = [Group(group.position, run.state.version) for group in groups]
-        await self._flow.restore(groups)
+        await self._flow.restore(groups, run.state.version)
 
     async def collect(self, step: int) -> Played:
         """A step's groups, settled. Groups that are to be played again take the slots of those that were dropped."""
