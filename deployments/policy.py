@@ -25,6 +25,7 @@ from lightning_ray.capture.conversations import Attempt, Conversations
 from lightning_ray.capture.edge import Backend, CaptureEdge, Limits
 from lightning_ray.capture.engine import CapturedEngine
 from lightning_ray.config import EngineSettings
+from lightning_ray.policy.adapter_serving import AdapterRequests, with_adapter
 from lightning_ray.policy.engine_arguments import engine_arguments
 from lightning_ray.policy.engine_load import EngineLoad
 from lightning_ray.policy.loaded import Loaded
@@ -67,6 +68,7 @@ class Policy:
         self.load = EngineLoad()
         self.engine: Any = None
         self.capture: CapturedEngine | None = None
+        self.adapter: AdapterRequests
 
     async def __serve_build_asgi_app__(self) -> CaptureEdge:
         """Start the engine and wrap vLLM's own app."""
@@ -84,10 +86,12 @@ class Policy:
         parser = make_arg_parser(FlexibleArgumentParser())
         args = parser.parse_args(engine_arguments(self.model, self.model_name, settings))
         engine_args = AsyncEngineArgs.from_cli_args(args)
+        self.settings = with_adapter(settings, engine_args, self.model)
         config = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
         with_canaries_first(config.scheduler_config)
         with self._engine_place():
             self.engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True, stat_loggers=[self.load.logger()])
+        self.adapter = AdapterRequests(self.engine)
         conversations = Conversations(self.engine.renderer.tokenizer, self._said) if settings.continuation else None
         self.capture = CapturedEngine(self.engine, version=-1, conversations=conversations)
         tasks = await self.engine.get_supported_tasks()
@@ -155,6 +159,7 @@ class Policy:
             "workers": self.engine.vllm_config.parallel_config.world_size,
             "vocabulary": self.engine.model_config.get_vocab_size(),
             "max_model_len": self.engine.model_config.max_model_len,
+            "transfer": self.settings.chosen_transfer,
             "version": self.capture.version,
             "proved": self.capture.proved.is_set(),
             "swapping": self.swapping_since is not None,
@@ -176,7 +181,11 @@ class Policy:
         clock["freeze"] = time.perf_counter()
         with lend(parts, self.settings.chosen_process == "replica") as name:
             update = {"name": name, "layout": [list(entry) for entry in offer["layout"]]}
-            await self.engine.collective_rpc("lightning_ray_load", kwargs={"update_info": update})
+            if "adapter" in offer:
+                await self.engine.collective_rpc("lightning_ray_load_adapter", kwargs={**update, **offer["adapter"]})
+                self.adapter.serve(version)
+            else:
+                await self.engine.collective_rpc("lightning_ray_load", kwargs={"update_info": update})
         clock["apply"] = time.perf_counter()
         proving = await self._ask_canaries(version, offer["canaries"])
         await self._thaw(version)

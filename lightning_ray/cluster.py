@@ -211,9 +211,10 @@ class Cluster:
     async def connect(self, settings: EngineSettings) -> PolicySwapper:
         """Tie the trainer ranks to the policy's replicas."""
         deadline = settings.swap_timeout_seconds
-        await self.trainers.call("attach_policy", self._policy, settings.chosen_transfer, deadline, timeout=60.0)
+        [way, *_] = {member["transfer"] for member in await self.replicas("describe")}
+        await self.trainers.call("attach_policy", self._policy, way, deadline, timeout=60.0)
         tolerance = settings.logprob_tolerance
-        transfer = transfer_of(settings.chosen_transfer, self.replicas, self.trainers, tolerance, deadline)
+        transfer = transfer_of(way, self.replicas, self.trainers, tolerance, deadline)
         return PolicySwapper(
             self.replicas, self.trainers, transfer, tolerance, deadline, settings.startup_timeout_seconds
         )

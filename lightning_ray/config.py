@@ -57,8 +57,12 @@ class EngineSettings(Settings):
     """vLLM's parser of reasoning (``qwen3``, ``deepseek_r1``, ...)."""
     arguments: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of ``vllm serve`` by their names without dashes; true for a flag."""
-    transfer: Literal["auto", "object", "gloo", "nccl"] = "auto"
-    """What carries the weights from trainer to engine; ``auto`` is the object store on CPU and NCCL on CUDA."""
+    transfer: Literal["auto", "adapter", "object", "gloo", "nccl"] = "auto"
+    """What carries the weights from trainer to engine. ``adapter`` sends a LoRA adapter alone, by the object store, and
+    the engine computes with it beside its own weights; the others send whole weights, an adapter merged in. ``auto`` is
+    ``adapter`` with LoRA where vLLM can, else the object store on CPU and NCCL on CUDA."""
+    adapter_rank: int = Field(default=0, ge=0)
+    """Rank of the LoRA adapter that is trained; the algorithm sets it."""
     swap_mode: Literal["keep", "wait"] = "keep"
     """Whether requests in flight go on over a swap, or are waited for before it."""
     logprob_tolerance: float = Field(default=1e-4, gt=0)
@@ -86,9 +90,16 @@ class EngineSettings(Settings):
         return self.dtype
 
     @property
-    def chosen_transfer(self) -> Literal["object", "gloo", "nccl"]:
-        """``transfer``, with ``auto`` decided."""
-        if self.transfer == "auto":
+    def chosen_transfer(self) -> Literal["adapter", "object", "gloo", "nccl"]:
+        """``transfer``, with ``auto`` decided; the engine may find that it cannot serve an adapter."""
+        if self.transfer != "auto":
+            return self.transfer
+        return "adapter" if self.adapter_rank else self.whole_transfer
+
+    @property
+    def whole_transfer(self) -> Literal["object", "gloo", "nccl"]:
+        """What carries whole weights, if they are sent."""
+        if self.transfer == "auto" or self.transfer == "adapter":
             return "object" if self.device == "cpu" else "nccl"
         return self.transfer
 

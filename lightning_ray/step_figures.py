@@ -112,13 +112,14 @@ def length_figures(episodes: Sequence[Episode]) -> dict[str, float | None]:
 
 
 def swap_figures(swap: Swap | None) -> dict[str, float | None]:
-    """Milliseconds from start to proof and, where the replicas tell, 10^9 bytes of weights in a second of these, and
-    the milliseconds of each part, ``swap_ms.NAME``.
+    """Milliseconds from start to proof and, where the replicas tell, bytes that each got (with LoRA, of the adapter),
+    10^9 of them in a second, and the milliseconds of each part, ``swap_ms.NAME``.
     """
     if swap is None:
         return {"swap_ms": None}
     found: dict[str, float | None] = {"swap_ms": swap.seconds * 1e3}
     if swap.bytes is not None and swap.seconds > 0:
+        found["swap_bytes"] = swap.bytes
         found["swap_gb_per_s"] = swap.bytes / swap.seconds / 1e9
     return found | {f"swap_ms.{name}": seconds * 1e3 for name, seconds in swap.phases.items()}
 

@@ -104,6 +104,7 @@ def test_a_swap_tells_what_the_replicas_tell() -> None:
     assert swap_figures(Swap(1, 0.5, proofs)) == {"swap_ms": 500.0}
     assert swap_figures(Swap(1, 0.5, proofs, bytes=10**9, phases={"apply": 0.1})) == {
         "swap_ms": 500.0,
+        "swap_bytes": 10**9,
         "swap_gb_per_s": 2.0,
         "swap_ms.apply": 100.0,
     }
@@ -150,6 +151,7 @@ def test_the_row_of_a_step_has_it_all_and_is_json() -> None:
         "sampled_tokens_per_s": 4.0,
         "trained_tokens_per_s": 4.0,
         "swap_ms": 500.0,
+        "swap_bytes": 10**9,
         "swap_gb_per_s": 2.0,
         "time.swap": 0.5,
         "update.entropy": 0.5,

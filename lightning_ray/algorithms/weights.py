@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lightning_ray.algorithms.base import AlgorithmSettings
 from lightning_ray.config import EngineSettings, build
@@ -68,6 +68,14 @@ class WeightAlgorithm(AlgorithmSettings, TrainingSettings):
     reproducible: bool = False
     """Every rollout samples with a seed of its own, so that the same weights give the same rollouts; a bit slower."""
     engine: EngineSettings = EngineSettings()
+
+    @model_validator(mode="after")
+    def _tell_engine_of_adapter(self) -> WeightAlgorithm:
+        if self.engine.transfer == "adapter" and not self.lora.rank:
+            raise ValueError("engine.transfer='adapter' sends a LoRA adapter: set lora.rank too, or leave it at 'auto'")
+        if self.engine.adapter_rank != self.lora.rank:
+            self.engine = self.engine.model_copy(update={"adapter_rank": self.lora.rank})
+        return self
 
     @abstractmethod
     def settle(self, episodes: Sequence[Episode], group_of: Mapping[str, str], oldest_version: int | None) -> Account:

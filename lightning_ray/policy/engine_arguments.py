@@ -21,7 +21,7 @@ def engine_arguments(model: str, model_name: str, settings: EngineSettings) -> l
         "pipeline-parallel-size": settings.pipeline_parallel,
         "distributed-executor-backend": _executor(settings),
         "worker-extension-cls": WORKER_EXTENSION,
-        "weight-transfer-config": f'{{"backend": "{settings.chosen_transfer}"}}',
+        "weight-transfer-config": f'{{"backend": "{settings.whole_transfer}"}}',
         "max-model-len": settings.max_model_len,
         "tool-call-parser": settings.tool_parser,
         "reasoning-parser": settings.reasoning_parser,

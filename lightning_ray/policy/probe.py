@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 
@@ -40,11 +41,17 @@ def engine_probes(model: torch.nn.Module) -> dict[str, float]:
     """Probes of what the engine's modules compute, by checkpoint name. For an unsharded (TP 1) model."""
     fused: Mapping[str, list[str]] = getattr(model, "packed_modules_mapping", {})
     probes: dict[str, float] = {}
-    for name, module in model.named_modules():
+    for name, found in model.named_modules():
         parent, _, leaf = name.rpartition(".")
+        if leaf == "base_layer":
+            continue  # probed with the LoRA layer around it
+        module = getattr(found, "base_layer", found)
         method = getattr(module, "quant_method", None)
         if hasattr(module, "input_size") and method is not None:
-            output = method.apply(module, direction(module.input_size, "in")[None].to(_dtype(module)), None)[0]
+            inputs = direction(module.input_size, "in")[None].to(_dtype(module))
+            output = method.apply(module, inputs, None)[0]
+            if module is not found:
+                output = output + _adapter_output(found, inputs[0])
             parts = fused.get(leaf, [leaf])
             sizes = module.output_sizes if len(parts) > 1 else [output.shape[0]]
             for part, piece in zip(parts, output.split(list(sizes)), strict=True):
@@ -54,6 +61,12 @@ def engine_probes(model: torch.nn.Module) -> dict[str, float]:
         elif isinstance(getattr(module, "weight", None), torch.Tensor) and module.weight.ndim == 1:
             probes[f"{name}.weight"] = output_probe(module.weight)  # type: ignore[arg-type]
     return probes
+
+
+def _adapter_output(layer: Any, inputs: torch.Tensor) -> torch.Tensor:
+    """What the adapter of a vLLM LoRA layer adds for one token."""
+    slices = zip(layer.lora_a_stacked, layer.lora_b_stacked, strict=True)
+    return torch.cat([b[0, 0] @ (a[0, 0] @ inputs) for a, b in slices])
 
 
 def _embedding_probes(name: str, module: torch.nn.Module, method: object) -> dict[str, float]:

@@ -14,15 +14,20 @@ import torch
 
 from lightning_ray.net import free_port
 from lightning_ray.policy.flat_weights import as_bytes
+from lightning_ray.policy.settings import UpdateSettings
 
 Broadcast = Callable[..., list[Any]]
 """Calls a control method, with its arguments, on every replica and returns their answers; raises past its deadline."""
 
 
 class Weights(Protocol):
-    """What can be published: full tensors by checkpoint name. Iterating is a collective over all ranks."""
+    """What can be published: full tensors by name. Iterating is a collective over all ranks."""
+
+    settings: UpdateSettings
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]: ...
+
+    def named_adapter(self) -> Iterator[tuple[str, torch.Tensor]]: ...
 
 
 class ReplicaClient:
@@ -86,18 +91,23 @@ class WeightPublisher:
         )
 
     def export(self) -> dict[str, Any] | None:
-        """The weights in the object store, from rank 0: ``weights`` (a reference in a list, so that it is passed on as
-        such), their ``layout``, ``parameters`` and ``bytes``. A collective, as the others.
+        """The weights, or their adapter, in the object store, from rank 0: ``weights`` (a reference in a list, so that
+        it is passed on as such), their ``layout``, ``parameters`` and ``bytes``; of an adapter ``adapter`` too, its
+        rank and alpha. A collective, as the others.
         """
+        adapter = self._backend == "adapter"
+        tensors = self._weights.named_adapter() if adapter else self._weights.named_weights()
         if self._rank != 0:
-            for _ in self._weights.named_weights():
+            for _ in tensors:
                 pass
             return None
         import ray
 
-        parts, layout = as_bytes(self._weights.named_weights())
+        parts, layout = as_bytes(tensors)
         size = sum(part.nbytes for part in parts)
-        return {"weights": [ray.put(parts)], "layout": layout, "parameters": len(layout), "bytes": size}
+        offer = {"weights": [ray.put(parts)], "layout": layout, "parameters": len(layout), "bytes": size}
+        lora = self._weights.settings.lora
+        return {**offer, "adapter": {"rank": lora.rank, "alpha": lora.alpha}} if adapter else offer
 
     def push(self, version: int) -> float:
         """Send the weights as ``version``; returns the seconds it took."""
@@ -114,7 +124,7 @@ class WeightPublisher:
 
 def load_transfer(backend: str) -> Any:
     """Import vLLM's weight transfer of a backend; returns the class of its trainer-side init info."""
-    if backend == "object":
+    if backend in ("object", "adapter"):
         return None
     if backend == "gloo":
         from lightning_ray.policy import gloo_transfer

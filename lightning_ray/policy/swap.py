@@ -93,17 +93,17 @@ class PolicySwapper:
 
     async def _publish(self, version: int) -> Swap:
         began, mended = time.perf_counter(), list[str]()
-        shown = await self._send(version, None)
+        shown = await self._send(version, None, mended)
         failed = [proof for proof in self._proofs(version, shown) if not proof.holds]
         if failed:
             mended.append(f"{_names(failed)} did not prove version {version} and got the weights again")
-            shown = _latest(shown, await self._send(version, [proof.replica_id for proof in failed]))
+            shown = _latest(shown, await self._send(version, [proof.replica_id for proof in failed], mended))
             failed = [proof for proof in self._proofs(version, shown) if not proof.holds]
         if failed:
             reason = failure_message(failed[0], await self._differing(failed[0].replica_id))
             mended.append(f"{_names(failed)} did not prove version {version} again and was restarted")
             await self._restart([proof.replica_id for proof in failed])
-            shown = await self._send(version, None)
+            shown = await self._send(version, None, mended)
             if any(not proof.holds for proof in self._proofs(version, shown)):
                 raise SwapError(reason)
         seconds = time.perf_counter() - began
@@ -112,7 +112,7 @@ class PolicySwapper:
         phases: dict[str, float] = max(told, key=lambda each: each["apply"], default={})
         return Swap(version, seconds, self._proofs(version, shown), mended, size, phases)
 
-    async def _send(self, version: int, only: Sequence[str] | None) -> list[Shown]:
+    async def _send(self, version: int, only: Sequence[str] | None, mended: list[str]) -> list[Shown]:
         """To replicas that may come and go meanwhile."""
         for remaining in reversed(range(TRIES)):
             try:
@@ -121,11 +121,12 @@ class PolicySwapper:
                 return await self._transfer.send(version, self._known, only)
             except TrainersLostError:
                 raise
-            except Exception:
+            except Exception as error:
                 self._transfer.forget()
                 self._known = []
                 if not remaining:
                     raise
+                mended.append(f"version {version} was sent again: {_first_line(error)}")
                 await asyncio.sleep(1.0)
         raise AssertionError
 
@@ -175,6 +176,12 @@ class PolicySwapper:
 
 def _names(proofs: Sequence[Proof]) -> str:
     return "replica " + ", ".join(f"{proof.replica_id} (off by {proof.max_logprob_diff:.1e})" for proof in proofs)
+
+
+def _first_line(error: BaseException) -> str:
+    """What went wrong, without the stack of the process in which it did."""
+    cause = getattr(error, "cause", None) or error
+    return f"{type(cause).__name__}: {str(cause).strip().splitlines()[0] if str(cause).strip() else ''}"[:300]
 
 
 def _latest(before: Sequence[Shown], after: Sequence[Shown]) -> list[Shown]:

@@ -2,6 +2,7 @@
 
     object       one buffer in Ray's object store that every replica loads by itself, in one call: for CPU, and for
                  replicas that come and go; no group of processes has to meet
+    adapter      as object, of a LoRA adapter alone
     gloo, nccl   vLLM's own four-phase broadcast from trainer rank 0 to all engine workers
 
 Each answers with what every replica showed of its canaries; what that proves is the swapper's to say.
@@ -130,7 +131,12 @@ async def _answer(reference: Any) -> Any:
 
 def transfer_of(backend: str, replicas: Replicas, trainers: Trainers, tolerance: float, timeout: float) -> Transfer:
     """The way of that name."""
-    ways: dict[str, Callable[..., Transfer]] = {"object": ObjectTransfer, "gloo": GroupTransfer, "nccl": GroupTransfer}
+    ways: dict[str, Callable[..., Transfer]] = {
+        "object": ObjectTransfer,
+        "adapter": ObjectTransfer,
+        "gloo": GroupTransfer,
+        "nccl": GroupTransfer,
+    }
     if backend not in ways:
         raise InfrastructureError(f"there is no weight transfer {backend!r}; known: {', '.join(ways)}")
     return ways[backend](replicas, trainers, tolerance, timeout)

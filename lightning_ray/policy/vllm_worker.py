@@ -1,4 +1,4 @@
-"""What rides in vLLM's worker process: the gloo transfer engine and the probes that explain a failed proof.
+"""What rides in vLLM's worker process: ways for weights into it, and the probes that explain a failed proof.
 
 Given to vLLM by name (``worker_extension_cls``), so that it is there however the worker is started. A worker in a
 process of its own ends with the process that started it: a replica that is killed leaves no engine behind.
@@ -11,13 +11,15 @@ import threading
 import time
 from typing import Any
 
-from lightning_ray.policy import gloo_transfer, object_transfer
+from lightning_ray.policy import adapter_loading, gloo_transfer, object_transfer, one_adapter
+from lightning_ray.policy.flat_weights import Layout, as_tensors
 from lightning_ray.policy.probe import engine_probes
 
 PARENT_SECONDS = 1.0
 
 gloo_transfer.register()
 object_transfer.register()
+one_adapter.register()
 
 
 class WorkerExtension:
@@ -32,6 +34,13 @@ class WorkerExtension:
         self.start_weight_update()  # type: ignore[attr-defined]
         self.update_weights(update_info)  # type: ignore[attr-defined]
         self.finish_weight_update()  # type: ignore[attr-defined]
+
+    def lightning_ray_load_adapter(self, name: str, layout: Layout, rank: int, alpha: float) -> None:
+        """Exchange the LoRA adapter for the lent one."""
+        whole = self.parallel_config.pipeline_parallel_size == 1  # type: ignore[attr-defined]
+        manager = self.model_runner.lora_manager  # type: ignore[attr-defined]
+        with object_transfer.borrowed(name, layout) as parts:
+            adapter_loading.load_adapter(manager, as_tensors(parts, layout), rank, alpha, whole)
 
 
 def end_with_parent() -> None:
