@@ -91,3 +91,34 @@ async def test_three_steps_and_three_more_equal_six(tmp_path: Path) -> None:
         assert one["reward"] == other["reward"], one["step"]
         assert one["update.loss"] == pytest.approx(other["update.loss"], abs=1e-6)
         assert one["update.grad_norm"] == pytest.approx(other["update.grad_norm"], rel=1e-4)
+
+
+async def test_an_interrupted_run_has_pictures_and_goes_on_under_other_settings(tmp_path: Path) -> None:
+    """Three asynchronous steps with a checkpoint after each, then three strictly on-policy ones of fewer tasks."""
+    path = tmp_path / "run"
+    run = make_run(path)
+    learning = asyncio.create_task(TrainingLoop(settings(6, max_staleness=2, checkpoint_every=1), run).learn())
+    try:
+        while not learning.done() and run.folder.latest_checkpoint() != path / "checkpoints" / "step-000003":
+            await asyncio.sleep(0.02)
+    finally:
+        learning.cancel()
+        await asyncio.gather(learning, return_exceptions=True)
+        await run.close()
+    assert (path / "training.png").is_file() and not (path / "summary.json").exists()
+
+    run = make_run(path, resume=True)
+    chosen = settings(6, max_staleness=0, prompts_per_step=2, learning_rate=3e-4, schedule="linear")
+    try:
+        await asyncio.wait_for(TrainingLoop(chosen, run).learn(), 120)
+    finally:
+        await run.close()
+    summary = json.loads((path / "summary.json").read_text())
+    assert summary["steps"] == 6 and summary["stale_tokens_beyond_bound"] == summary["unproved_tokens_trained"] == 0
+    rows = [row for row in run.folder.metrics() if row["kind"] == "train"]
+    assert [row["step"] for row in rows] == list(range(6))
+    assert {row["update.learning_rate"] for row in rows[:3]} == {1e-3}
+    assert [row["update.learning_rate"] for row in rows[3:]] == pytest.approx([1.5e-4, 1e-4, 5e-5])
+    assert [row["rollouts"] for row in rows] == [12] * 3 + [8] * 3
+    assert [row["update.staleness_max"] for row in rows[3:]] == [0, 0, 0]
+    assert all(row["update.ratio_mean"] == pytest.approx(1, abs=1e-4) for row in rows[3:]), "on-policy to the token"
