@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import pyarrow as pa
 
 from lightning_ray.errors import ConfigError
+from lightning_ray.recorded import counting_attempts
 from lightning_ray.replay.record import StepRecord
 from lightning_ray.trajectories.account import Account, batch_of, settle
-from lightning_ray.trajectories.episode import Episode, last_attempts, read_episodes
+from lightning_ray.trajectories.episode import Episode, read_episodes
 from lightning_ray.trajectories.settings import BatchSettings
 from lightning_ray.types import Attempt, Rollout
 
@@ -37,17 +37,9 @@ def read_step(view: View, record: StepRecord, agent_match: str | None = None) ->
             f"{lacking[0]} for one; give the folder of the run that played it"
         )
     spans = view.scan_spans(ids)
-    return read_episodes([found[each] for each in ids], spans, _counting(view, spans), agent_match)
-
-
-def _counting(view: View, spans: pa.Table) -> dict[str, str]:
-    """The attempt that counts for each rollout: the one with spans, of several the last."""
-    pairs = set(zip(spans["rollout_id"].to_pylist(), spans["attempt_id"].to_pylist(), strict=True))
-    counting = dict(pairs)
-    for rollout_id, times in Counter(rollout_id for rollout_id, _ in pairs).items():
-        if times > 1:
-            counting |= last_attempts(list(view.query_attempts(rollout_id)))
-    return counting
+    return read_episodes(
+        [found[each] for each in ids], spans, counting_attempts(spans, view.query_attempts), agent_match
+    )
 
 
 def settle_again(

@@ -12,6 +12,10 @@ ADVICE: dict[str, str] = {
         "Not ended yet: queued, or being played. Ask again later; if nothing is playing, the run was ended in the "
         "midst of them, and --resume plays new ones."
     ),
+    "below_min_reward": (
+        "The reward is below keep.min_reward, and only what reaches it is imitated. If too few do, lower it, take "
+        "easier tasks, a larger group_size, or keep.top_share, which takes the best of each task whatever they are."
+    ),
     "calls_broken_off": (
         "The model was called, but no call was answered to its end: the client gave up waiting, the replica "
         "restarted, or the agent was stopped. Allow the client more time, or the model fewer tokens (max_tokens)."
@@ -25,6 +29,7 @@ ADVICE: dict[str, str] = {
         "anew under another id."
     ),
     "evaluation": "Played to evaluate the policy (val_dataset, test_dataset); never trained on.",
+    "filtered_out": "keep.filter, the user's own function, did not keep it.",
     "group_of_one": (
         "All other rollouts of its group were left out, and an advantage is relative to the group. See why the "
         "others were; a larger group_size makes it rarer. batch.groups.alone says what becomes of such a group: "
@@ -61,6 +66,10 @@ ADVICE: dict[str, str] = {
         "All rewards of the group are the same, so nothing tells its rollouts apart. Take tasks that the policy "
         "solves sometimes, a finer reward, a larger group_size, or more exploration. batch.groups.no_variance = "
         "'resample' plays such tasks again within the step."
+    ),
+    "not_among_best": (
+        "Of each task only the best rollouts are imitated, as many as keep.top_share says; others were better, or as "
+        "good and earlier."
     ),
     "not_settled": (
         "The rollout ended, but its step was never trained on: the step is under way, or was interrupted; --resume "

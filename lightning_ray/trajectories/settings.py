@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
@@ -91,3 +92,20 @@ class BatchSettings(Settings):
         if weights is not None and (not weights or not all(math.isfinite(weight) for weight in weights.values())):
             raise ValueError('must be finite numbers by dimension, for instance {"correct": 1.0, "short": 0.1}')
         return weights
+
+
+class Keep(Settings):
+    """Which rollouts are good enough to imitate: all of these must hold."""
+
+    model_config = ConfigDict(frozen=True)
+
+    top_share: float = Field(default=1.0, gt=0, le=1)
+    """Of each task's rollouts the best by reward, at least one; among equals the first."""
+    min_reward: float | None = None
+    """The least reward, weighted and shaped as ``BatchSettings`` have it."""
+    filter: Callable[[Any], bool] | None = None
+    """Called with each rollout (``lightning_ray.Episode``) that the others let pass; whether to keep it."""
+
+    def needs_reward(self, members: int) -> bool:
+        """Whether a rollout must have a reward, that is one of so many of its task."""
+        return self.min_reward is not None or (self.top_share < 1 and members > 1)

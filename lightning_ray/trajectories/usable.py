@@ -50,16 +50,21 @@ class Outcome:
         return steps or {float(self.episode.reward or 0.0)}
 
 
-def outcome_of(episode: Episode, settings: BatchSettings, oldest_version: int | None = None) -> Outcome:
-    """Judge one rollout. ``oldest_version`` bounds the weights that sampled it."""
+def outcome_of(
+    episode: Episode, settings: BatchSettings, oldest_version: int | None = None, rewarded: bool = True
+) -> Outcome:
+    """Judge one rollout. ``oldest_version`` bounds the weights that sampled it; one without a reward is of use if it
+    need not be ``rewarded``, and has a reward of 0 then.
+    """
     reason = _failure(episode, settings) or _nothing_sampled(episode)
     if reason is not None:
         return Outcome(episode, reason)
     reward = final_reward(episode.rewards, settings.reward_weights) if settings.reward_weights else episode.reward
-    if reward is None:
+    if reward is None and rewarded:
         missing = missing_dimensions(episode.rewards, settings.reward_weights)
         lack = f"lacks {', '.join(map(repr, missing))}" if missing else f"{episode.calls} model calls"
         return Outcome(episode, "no_reward", lack)
+    reward = reward or 0.0
     rows = at_level(episode.trajectories, settings.level)
     longest = max(len(row.token_ids) - row.prompt_length for row in rows)
     penalty = overlong_penalty(longest, settings.overlong) if settings.overlong else 0.0
