@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_ray.doctor_steps import show_steps
 from lightning_ray.errors import ConfigError
 from lightning_ray.spans_command import store_folder
 
@@ -64,6 +65,8 @@ def doctor(given: argparse.Namespace) -> int:
         else:
             broken = any(each.breaks for each in report.diagnoses)
             print_report(report, load_decode(run) if broken else None, given.rollout is not None)
+            if given.rollout is None:
+                show_steps(report.steps, given.step is not None, None if sys.stdout.isatty() else WIDTH)
         sys.stdout.flush()
     except BrokenPipeError:  # who reads our output has had enough, as in ``| head``
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -82,6 +85,11 @@ def read_facts(run: Path) -> Facts:
         return Facts()
     settings = json.loads(config.read_text()).get("algorithm") or {}
     lines = [line for line in RunFolder(run).metrics() if line.get("kind") == "train"]
+    settled = {
+        step: {"version": line["version"], "groups": [group_id for group_id, _ in line["groups"]]}
+        for step, line in RunFolder(run).steps().items()
+    }
+    lines = [line | settled.get(line["step"], {}) for line in lines]
     batch = build(BatchSettings, settings.get("batch") or {}, f"{config}: algorithm.batch")
     return Facts(lines, batch, settings.get("max_staleness"), settings.get("agent_match"))
 
@@ -119,6 +127,7 @@ def as_json(run: Path, report: Report) -> dict[str, Any]:
         "remarks": {kind: _entry(report, kind, n, total) for kind, n in report.remarks().items()},
         "advice": {name: ADVICE[name] for name in found if name in ADVICE},
         "contradictions": report.contradictions,
+        "steps": [asdict(each) for each in report.steps],
         "diagnoses": [asdict(each) for each in report.diagnoses],
     }
 

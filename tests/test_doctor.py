@@ -399,3 +399,46 @@ def test_a_mistake_is_one_line(
 def test_an_empty_run_is_told_as_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     SpanStore(tmp_path / "store", fsync="none").close()
     assert main(["doctor", str(tmp_path)]) == 0 and "no rollout yet" in capsys.readouterr().out
+
+
+def test_each_step_tells_its_groups_and_what_they_lost(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    """As steps.jsonl has them: rollouts queued under one version, settled in two steps."""
+    for group, rewards in {"alike": (1.0, 1.0), "late": (0.0, 1.0), "early": (0.0, 1.0), "half": (1.0, None)}.items():
+        for index, reward in enumerate(rewards):
+            bench.rollout(f"{group}-{index}", good(), reward=reward, group=group, step=3)
+    bench.store.close()
+    run = bench.folder.parent
+    (run / "config.json").write_text(json.dumps({"algorithm": {"max_staleness": 9}}))
+    settled = [(0, 3, ["early"], {}), (1, 4, ["half", "late", "alike"], {"group_of_one": 1, "no_reward": 1})]
+    metrics = [
+        {"kind": "train", **line(step, version + 1, 2 * len(groups)), "rollouts_trained": 2}
+        | {f"dropped.{reason}": count for reason, count in ({**drops, "no_variance": 2} if drops else {}).items()}
+        for step, version, groups, drops in settled
+    ]
+    steps = [
+        {"step": step, "version": version, "groups": [(name, [f"{name}-0", f"{name}-1"]) for name in groups]}
+        for step, version, groups, _ in settled
+    ]
+    for name, lines in (("metrics.jsonl", metrics), ("steps.jsonl", steps)):
+        (run / name).write_text("".join(json.dumps(each) + "\n" for each in lines))
+    assert main(["doctor", str(run), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["contradictions"] == []
+    early, other = told["steps"]
+    assert early == {"step": 0, "version": 3, "groups": {"early": {TRAINED: 2}}}
+    assert list(other["groups"]) == ["half", "late", "alike"], "in the order of the run"
+    assert other["groups"]["half"] == {"group_of_one": 1, "no_reward": 1}
+    assert main(["doctor", str(run)]) == 0
+    told = capsys.readouterr().out
+    assert "1 of 2 steps left rollouts out" in told and "no_variance 2, group_of_one 1, no_reward 1" in told
+    assert "1 of 3" in told
+    assert main(["doctor", str(run), "--step", "1"]) == 0
+    assert "groups of step 1, which trained version 4" in capsys.readouterr().out
+
+
+def test_the_bound_of_a_step_is_of_the_version_that_it_trained(bench: Bench) -> None:
+    for index in range(2):
+        bench.rollout(f"a-{index}", good(), reward=float(index), group="a", step=0)
+    lines = [line(0, 6) | {"groups": ["a"], "version": 5, "rollouts_trained": 0, "dropped.too_stale": 2}]
+    report = bench.examine(Facts(lines, max_staleness=2))
+    assert set(reasons(report).values()) == {"too_stale"} and not report.contradictions

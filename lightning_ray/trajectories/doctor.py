@@ -20,10 +20,10 @@ from lightning_ray.trajectories.prefix import Break, find_breaks
 from lightning_ray.trajectories.remarks import Remark, detail_of, finer_reason, remarks_on
 from lightning_ray.trajectories.run_steps import group_of, parts_of, settled_steps
 from lightning_ray.trajectories.settings import BatchSettings
+from lightning_ray.trajectories.step_accounts import TRAINED, StepAccount, step_accounts
 from lightning_ray.trajectories.usable import outcome_of
 from lightning_ray.types import TERMINAL_ROLLOUT, Attempt, AttemptedRollout, Rollout
 
-TRAINED = "trained"
 FINER = dict.fromkeys(("no_token_ids", "calls_broken_off", "calls_failed"), "no_model_call")
 """Reasons that say more than the account's, which they stand for."""
 
@@ -58,8 +58,9 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a run's folder tells beside its store. ``steps`` are the training lines of metrics.jsonl, in order; None if
-    there is no telling which steps were settled.
+    """What a run's folder tells beside its store. ``steps`` are the training lines of metrics.jsonl, in order, with
+    what steps.jsonl tells of each: its ``groups`` and the ``version`` that it trained. None if there is no telling
+    which steps were settled.
     """
 
     steps: Sequence[Mapping[str, Any]] | None = None
@@ -74,6 +75,7 @@ class Report:
 
     diagnoses: list[Diagnosis]
     contradictions: list[str]
+    steps: list[StepAccount] = field(default_factory=list)
 
     def counts(self) -> dict[str, int]:
         """Rollouts by reason, most first; ``trained`` is the first."""
@@ -106,7 +108,8 @@ def examine(view: View, facts: Facts, rollout_id: str | None = None, step: int |
             contradictions += contradiction(number, diagnoses, facts.steps or ())
     kept = [rollout.rollout_id for rollout in rollouts if rollout.rollout_id in found]
     chosen = kept if rollout_id is None else [rollout_id] * (rollout_id in found)
-    return Report([found[each] for each in chosen], contradictions)
+    accounts = step_accounts(found.values(), facts.steps or ())
+    return Report([found[each] for each in chosen], contradictions, accounts)
 
 
 def _diagnose(view: View, facts: Facts, step: int | None, rollouts: Sequence[Rollout]) -> list[Diagnosis]:
@@ -172,8 +175,9 @@ def _verdicts(episodes: Sequence[Episode], facts: Facts, step: int | None) -> Ve
     together = [member for members in groups.values() for member in members]
     oldest = None
     if facts.max_staleness is not None and step is not None:
-        oldest = max(((e.rollout.metadata or {}).get("weight_version", 0) for e in together), default=0)
-        oldest -= facts.max_staleness
+        queued = max(((e.rollout.metadata or {}).get("weight_version", 0) for e in together), default=0)
+        versions = {line["step"]: line.get("version", queued) for line in facts.steps or ()}
+        oldest = versions[step] - facts.max_staleness
     verdicts.settle(together, facts, oldest)
     return verdicts
 
