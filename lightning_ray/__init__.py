@@ -65,7 +65,7 @@ from lightning_ray.tracing import (
     set_active_tracer,
 )
 from lightning_ray.trainer import Trainer
-from lightning_ray.trajectories.settings import BatchSettings, GroupPolicy, OverlongPenalty
+from lightning_ray.trajectories.settings import BatchSettings, GroupPolicy, Keep, OverlongPenalty
 from lightning_ray.types import (
     LLM,
     Attempt,
@@ -104,16 +104,20 @@ if TYPE_CHECKING:
     from lightning_ray.algorithms.apo import APO
     from lightning_ray.algorithms.batches import batch_iter_over_dataset
     from lightning_ray.algorithms.decorator import FunctionalAlgorithm, algo
+    from lightning_ray.algorithms.distill import Distill
     from lightning_ray.algorithms.fast import Baseline, FastAlgorithm
     from lightning_ray.algorithms.injection import with_llm_proxy, with_store
+    from lightning_ray.algorithms.sft import SFT
     from lightning_ray.command_agent import CommandAgent
     from lightning_ray.dev import DevRollout
     from lightning_ray.stepper import LitAgentRunner
+    from lightning_ray.trajectories.episode import Episode
 
 __all__ = [
     "APO",
     "GRPO",
     "LLM",
+    "SFT",
     "Adapter",
     "AgentError",
     "AgentOpsTracer",
@@ -129,9 +133,11 @@ __all__ = [
     "ConfigError",
     "Dataset",
     "DevRollout",
+    "Distill",
     "DummyTracer",
     "EngineSettings",
     "EnqueueRolloutRequest",
+    "Episode",
     "Event",
     "FastAlgorithm",
     "FunctionalAlgorithm",
@@ -139,6 +145,7 @@ __all__ = [
     "GroupPolicy",
     "Hook",
     "InfrastructureError",
+    "Keep",
     "LightningRayError",
     "Link",
     "LitAgent",
@@ -230,9 +237,12 @@ _LAZY = {
     "Baseline": "lightning_ray.algorithms.fast",
     "CommandAgent": "lightning_ray.command_agent",
     "DevRollout": "lightning_ray.dev",
+    "Distill": "lightning_ray.algorithms.distill",
+    "Episode": "lightning_ray.trajectories.episode",
     "FastAlgorithm": "lightning_ray.algorithms.fast",
     "FunctionalAlgorithm": "lightning_ray.algorithms.decorator",
     "LitAgentRunner": "lightning_ray.stepper",
+    "SFT": "lightning_ray.algorithms.sft",
     "algo": "lightning_ray.algorithms.decorator",
     "batch_iter_over_dataset": "lightning_ray.algorithms.batches",
     "with_llm_proxy": "lightning_ray.algorithms.injection",

@@ -43,6 +43,8 @@ class SFT(WeightAlgorithm):
     prompts_per_step: int | None = Field(default=None, ge=1)
     """Tasks of a step, or with ``data`` tasks and conversations; without it all of them."""
     learning_rate: float = Field(default=1e-5, gt=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    """Optimizer steps over which the rate rises linearly; there may be few of them in all."""
     validate_every: int = Field(default=1, ge=0)
     checkpoint_every: int = Field(default=1, ge=1)
     template_arguments: dict[str, Any] = Field(default_factory=dict)
