@@ -94,8 +94,8 @@ def read_facts(run: Path) -> Facts:
     return Facts(lines, batch, settings.get("max_staleness"), settings.get("agent_match"))
 
 
-def load_decode(run: Path) -> Decode | None:
-    """Token ids to text, if the run's tokenizer is at hand."""
+def load_decode(run: Path, special: bool = True) -> Decode | None:
+    """Token ids to text, with or without special tokens, if the run's tokenizer is at hand."""
     from lightning_ray.run_folder import RunFolder
 
     folders = [run / "model", RunFolder(run).latest_checkpoint()]
@@ -110,7 +110,7 @@ def load_decode(run: Path) -> Decode | None:
                 tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             except Exception:  # ids are told without their text
                 return None
-            return lambda ids: str(tokenizer.decode(list(ids)))
+            return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=not special))
     return None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -51,9 +51,13 @@ def open_run(folder: Path) -> View:
     return open_folder(folder / "store" if (folder / "store").is_dir() else folder)
 
 
-def read_recorded(view: View) -> Iterator[Recorded]:
-    """The rollouts that were played for training, or for nothing else, and succeeded; in order of their creation."""
+def read_recorded(view: View, chosen: Container[str] | None = None) -> Iterator[Recorded]:
+    """The rollouts that were played for training, or for nothing else, and succeeded; in order of their creation. With
+    ``chosen``, those of these ids alone.
+    """
     found = [rollout for rollout in view.query_rollouts() if rollout.status == "succeeded"]
+    if chosen is not None:
+        found = [rollout for rollout in found if rollout.rollout_id in chosen]
     rollouts = sorted((each for each in found if each.mode in (None, "train")), key=lambda each: each.start_time)
     for first in range(0, len(rollouts), PORTION):
         portion = rollouts[first : first + PORTION]
