@@ -2,8 +2,12 @@
 
 The agent's durations are log-normal with a 95th percentile of five times the median (a tool that takes its time), its
 calls go to the engine that all share. Both runs play the same tasks, with the same durations of the tool and as many
-rollouts at once as a step has, and differ in ``max_staleness`` alone. A second asynchronous run plays all that has a
-slot. The weights move: the learning rate is high enough for the reward to rise.
+rollouts at once as a step has, and differ in ``max_staleness`` alone. The weights move: the learning rate is high
+enough for the reward to rise.
+
+Beside these, unless it is to be quick: a run that plays all that has a slot, and a pair of runs whose agent waits for
+nothing but the engine, for as many tokens as are log-normal in the same way, with a model of 8 million parameters, so
+that playing and training want the same cores all the time.
 """
 
 from __future__ import annotations
@@ -13,14 +17,17 @@ import json
 import math
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from openai import AsyncOpenAI
 from rich.console import Console
 
 import lightning_ray as lr
+from benchmarks.training_update import SIZES, write_model
+from lightning_ray.agent import LitAgent
 from lightning_ray.algorithms.grpo import GRPO
 from lightning_ray.algorithms.loop import TrainingLoop
 from lightning_ray.cluster import Cluster
@@ -31,6 +38,7 @@ from lightning_ray.run_folder import RunFolder
 from tests.e2e.tiny import WORDS, make_tiny_model
 
 MEDIAN_SECONDS = 0.5
+MEDIAN_TOKENS, MOST_TOKENS = 24, 200
 SIGMA = math.log(5) / 1.645
 """Of the logarithm: the 95th percentile is five times the median."""
 MAX_STALENESS = 3
@@ -44,8 +52,6 @@ TASKS = [{"question": f"w{index % 12} w{index * 5 % 12}"} for index in range(48)
 @lr.rollout
 async def waits(task: dict[str, Any], llm: lr.LLM, rollout: lr.Rollout) -> float:
     """Two model turns with a slow tool between them; the reward is the share of even words."""
-    place = (rollout.metadata or {}).get("seed", 0)  # the same in both runs
-    seconds = MEDIAN_SECONDS * math.exp(SIGMA * np.random.default_rng(place).standard_normal())
     client = AsyncOpenAI(base_url=llm.endpoint, api_key=llm.api_key)
     messages: list[Any] = [{"role": "user", "content": task["question"]}]
     said: list[str] = []
@@ -57,16 +63,56 @@ async def waits(task: dict[str, Any], llm: lr.LLM, rollout: lr.Rollout) -> float
         said += text.split()
         messages += [{"role": "assistant", "content": text}, {"role": "user", "content": "w1 w2"}]
         if not turn:
-            await asyncio.sleep(seconds)
+            await asyncio.sleep(MEDIAN_SECONDS * drawn(rollout))
+    return share_of_even_words(said)
+
+
+@lr.rollout
+async def writes(task: dict[str, Any], llm: lr.LLM, rollout: lr.Rollout) -> float:
+    """One answer of so many tokens; the reward is the share of even words."""
+    client = AsyncOpenAI(base_url=llm.endpoint, api_key=llm.api_key)
+    answer = await client.chat.completions.create(
+        model=llm.model,
+        messages=[{"role": "user", "content": task["question"]}],
+        max_tokens=min(MOST_TOKENS, max(1, round(MEDIAN_TOKENS * drawn(rollout)))),
+        extra_body={"ignore_eos": True},
+    )
+    return share_of_even_words((answer.choices[0].message.content or "").split())
+
+
+def drawn(rollout: lr.Rollout) -> float:
+    """Log-normal, of median 1; the same for a rollout's place in every run."""
+    place = (rollout.metadata or {})["seed"]
+    return math.exp(SIGMA * np.random.default_rng(place).standard_normal())
+
+
+def share_of_even_words(said: list[str]) -> float:
     return sum(word in WORDS[::2] for word in said) / max(1, len(said))
 
 
-async def one_run(folder: Path, steps: int, max_staleness: int, at_once: int) -> dict[str, Any]:
+def make_larger_model(folder: Path) -> None:
+    """The tiny model's tokenizer and a random model of 8 million parameters."""
+    make_tiny_model(folder)
+    write_model(folder, SIZES["_8m"])
+
+
+class Load(NamedTuple):
+    """Who plays, and whose weights are trained."""
+
+    agent: LitAgent[Any]
+    make_model: Callable[[Path], None]
+
+
+WAITING = Load(waits, make_tiny_model)
+WRITING = Load(writes, make_larger_model)
+
+
+async def one_run(folder: Path, load: Load, steps: int, max_staleness: int, at_once: int) -> dict[str, Any]:
     """The summary of a run, with ``steps_per_s`` from the end of its second step (the first warm the trainer up), and
     its ``rows`` of metrics.jsonl.
     """
     settings = GRPO(
-        model=make_tiny_model,
+        model=load.make_model,
         ranks=1,
         group_size=GROUP,
         prompts_per_step=GROUPS,
@@ -75,12 +121,12 @@ async def one_run(folder: Path, steps: int, max_staleness: int, at_once: int) ->
         max_staleness=max_staleness,
         reproducible=True,
         checkpoint_every=steps,
-        engine=EngineSettings(max_model_len=128, kv_cache_memory_mb=16),
+        engine=EngineSettings(max_model_len=256, kv_cache_memory_mb=32),
     )
     run_folder = RunFolder(folder)
     run_folder.create(resume=False)
     runners = RunnerSettings(minimum=1, maximum=1, concurrency=at_once)
-    run = Run(run_folder, Reporter(Console(quiet=True)), Cluster(), waits, {"train": TASKS}, runners, False)
+    run = Run(run_folder, Reporter(Console(quiet=True)), Cluster(), load.agent, {"train": TASKS}, runners, False)
     learning = asyncio.create_task(TrainingLoop(settings, run).learn())
     try:
         began = await reached(run, learning, WARM_UP)
@@ -104,17 +150,23 @@ async def reached(run: Run, learning: asyncio.Task[None], step: int) -> float:
 
 
 def measure(steps: int, quick: bool) -> dict[str, Any]:
-    """The runs, one after the other; a quick measurement has half of the steps without overlap, and no third run."""
+    """The runs, one after the other; a quick measurement has half of the steps without overlap, and only two runs."""
     slots = GROUP * GROUPS
-    chosen = {"sync": (steps // 2 if quick else steps, 0, slots), "async": (steps, MAX_STALENESS, slots)}
+    chosen = {
+        "sync": (WAITING, steps // 2 if quick else steps, 0, slots),
+        "async": (WAITING, steps, MAX_STALENESS, slots),
+    }
     if not quick:
-        chosen["async_all_slots"] = (steps, MAX_STALENESS, slots * (1 + MAX_STALENESS))
+        chosen["async_all_slots"] = (WAITING, steps, MAX_STALENESS, slots * (1 + MAX_STALENESS))
+        chosen["sync_engine_bound"] = (WRITING, steps, 0, slots)
+        chosen["async_engine_bound"] = (WRITING, steps, MAX_STALENESS, slots)
     with tempfile.TemporaryDirectory(prefix="lr-async-") as folder:
         runs = {name: asyncio.run(one_run(Path(folder) / name, *how)) for name, how in chosen.items()}
-    sync, others = runs["sync"], [name for name in runs if name != "sync"]
-    figures: dict[str, Any] = {
-        f"{name}_speedup": round(runs[name]["steps_per_s"] / sync["steps_per_s"], 2) for name in others
-    }
+    figures: dict[str, Any] = {}
+    for name, run in runs.items():
+        if name.startswith("async"):
+            base = runs["sync_engine_bound" if name.endswith("engine_bound") else "sync"]
+            figures[f"async_speedup{name.removeprefix('async')}"] = round(run["steps_per_s"] / base["steps_per_s"], 2)
     figures["max_logprob_diff"] = max(run["max_logprob_diff"] for run in runs.values())
     for name in ("unproved_tokens_trained", "stale_tokens_beyond_bound"):
         figures[name] = sum(run[name] for run in runs.values())
@@ -123,8 +175,9 @@ def measure(steps: int, quick: bool) -> dict[str, Any]:
         figures[f"steps_per_s_{name}"] = round(run["steps_per_s"], 3)
         figures[f"swaps_{name}"] = run["swaps_proved"]
         figures[f"swap_ms_median_{name}"] = run["swap_ms_median"]
-        figures[f"busy_share_{name}"] = round(1 - run["time_shares"]["rollouts"], 3)
-    figures["staleness_mean_async"] = staleness_mean(runs["async"]["rows"])
+        figures[f"update_share_{name}"] = run["time_shares"]["update"]
+        figures[f"waiting_share_{name}"] = run["time_shares"]["rollouts"]
+        figures[f"staleness_mean_{name}"] = staleness_mean(run["rows"])
     return figures
 
 
