@@ -110,6 +110,9 @@ if TYPE_CHECKING:
     from lightning_ray.algorithms.sft import SFT
     from lightning_ray.command_agent import CommandAgent
     from lightning_ray.dev import DevRollout
+    from lightning_ray.evaluation.comparison import Comparison, compare
+    from lightning_ray.evaluation.report import EvaluationReport
+    from lightning_ray.evaluation.settings import EvaluationSettings
     from lightning_ray.stepper import LitAgentRunner
     from lightning_ray.trajectories.episode import Episode
 
@@ -130,6 +133,7 @@ __all__ = [
     "Baseline",
     "BatchSettings",
     "CommandAgent",
+    "Comparison",
     "ConfigError",
     "Dataset",
     "DevRollout",
@@ -138,6 +142,8 @@ __all__ = [
     "EngineSettings",
     "EnqueueRolloutRequest",
     "Episode",
+    "EvaluationReport",
+    "EvaluationSettings",
     "Event",
     "FastAlgorithm",
     "FunctionalAlgorithm",
@@ -195,6 +201,7 @@ __all__ = [
     "algo",
     "batch_iter_over_dataset",
     "clear_active_tracer",
+    "compare",
     "emit_annotation",
     "emit_exception",
     "emit_message",
@@ -236,14 +243,18 @@ _LAZY = {
     "APO": "lightning_ray.algorithms.apo",
     "Baseline": "lightning_ray.algorithms.fast",
     "CommandAgent": "lightning_ray.command_agent",
+    "Comparison": "lightning_ray.evaluation.comparison",
     "DevRollout": "lightning_ray.dev",
     "Distill": "lightning_ray.algorithms.distill",
     "Episode": "lightning_ray.trajectories.episode",
+    "EvaluationReport": "lightning_ray.evaluation.report",
+    "EvaluationSettings": "lightning_ray.evaluation.settings",
     "FastAlgorithm": "lightning_ray.algorithms.fast",
     "FunctionalAlgorithm": "lightning_ray.algorithms.decorator",
     "LitAgentRunner": "lightning_ray.stepper",
     "SFT": "lightning_ray.algorithms.sft",
     "algo": "lightning_ray.algorithms.decorator",
+    "compare": "lightning_ray.evaluation.comparison",
     "batch_iter_over_dataset": "lightning_ray.algorithms.batches",
     "with_llm_proxy": "lightning_ray.algorithms.injection",
     "with_store": "lightning_ray.algorithms.injection",

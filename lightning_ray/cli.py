@@ -1,4 +1,4 @@
-"""The command line: ``lightning-ray train PATH``, ``spans SQL``, ``doctor RUN`` and ``replay RUN --step N``."""
+"""The command line: ``lightning-ray train PATH``, ``eval PATH``, ``spans SQL``, ``doctor RUN`` and ``replay RUN``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lightning_ray.doctor_command import add_doctor_command, doctor
 from lightning_ray.errors import ConfigError, LightningRayError
-from lightning_ray.export_command import add_export_command, export_command
+from lightning_ray.eval_command import add_eval_command, evaluate_command
 from lightning_ray.launch import Launch, launched, parse_setting
 from lightning_ray.replay_command import add_replay_command, replay
 from lightning_ray.spans_command import add_spans_command, spans
@@ -35,14 +35,17 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit code. Errors of ours are one message on stderr, without a traceback."""
     own, script = split(sys.argv[1:] if arguments is None else arguments)
     given = parser().parse_args(own)
-    reading = {"spans": spans, "doctor": doctor, "replay": replay, "export": export_command}.get(given.command)
+    reading = {"spans": spans, "doctor": doctor, "replay": replay}.get(given.command)
     try:
-        return train(given, script) if reading is None else reading(given)
+        if reading is not None:
+            return reading(given)
+        return evaluate_command(given, script, run_script) if given.command == "eval" else train(given, script)
     except LightningRayError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1 if reading is None and not isinstance(error, ConfigError) else 2
     except KeyboardInterrupt:
-        print("interrupted; continue with --resume" if reading is None else "interrupted", file=sys.stderr)
+        told = "interrupted; continue with --resume" if given.command == "train" else "interrupted"
+        print(told, file=sys.stderr)
         return INTERRUPTED
 
 
@@ -70,25 +73,30 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, e.g. algorithm.steps=5"
     )
+    add_eval_command(commands)
     add_spans_command(commands)
     add_doctor_command(commands)
     add_replay_command(commands)
-    add_export_command(commands)
     return top
 
 
 def train(given: argparse.Namespace, arguments: list[str]) -> int:
-    """Run the user's script as ``__main__`` with what the command line overrides."""
-    script: Path = given.path / "train.py" if given.path.is_dir() else given.path
-    if not script.is_file():
-        raise ConfigError(f"{given.path}: no such training script; give a Python file, or a folder with a train.py")
+    """Run the user's script with what the command line overrides."""
     launch = Launch(given.name, given.runs_dir, given.resume, dict(parse_setting(text) for text in given.set))
+    run_script(given.path, launch, arguments)
+    return 0
+
+
+def run_script(path: Path, launch: Launch, arguments: list[str]) -> None:
+    """Run a script, or the train.py of a folder, as ``__main__``; the Trainer in it follows ``launch``."""
+    script = path / "train.py" if path.is_dir() else path
+    if not script.is_file():
+        raise ConfigError(f"{path}: no such training script; give a Python file, or a folder with a train.py")
     sys.argv = [str(script), *arguments]
     # As ``python -m`` does, so that a script finds its neighbours; Ray's workers get the same path.
     sys.path[:0] = [str(Path.cwd()), str(script.parent.resolve())]
     with launched(launch):
         runpy.run_path(str(script), run_name="__main__")
-    return 0
 
 
 if __name__ == "__main__":

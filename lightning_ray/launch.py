@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel
 
@@ -20,6 +20,9 @@ from lightning_ray.algorithms.base import Algorithm, AlgorithmSettings
 from lightning_ray.config import build
 from lightning_ray.errors import ConfigError
 from lightning_ray.relay.settings import Upstream
+
+if TYPE_CHECKING:
+    from lightning_ray.evaluation.request import EvaluationRequest
 
 A = TypeVar("A", bound=Algorithm | None)
 N = TypeVar("N")
@@ -35,6 +38,8 @@ class Launch:
     runs_dir: Path | None = None
     resume: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
+    evaluation: EvaluationRequest | None = None
+    """With it, ``fit`` evaluates instead of training."""
     _used: set[str] = field(default_factory=set)
 
     def apply(self, algorithm: A) -> A:

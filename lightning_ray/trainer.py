@@ -11,10 +11,10 @@ import difflib
 import inspect
 import signal
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
 from lightning_ray.agent import LitAgent
 from lightning_ray.algorithms.base import Algorithm
@@ -31,6 +31,10 @@ from lightning_ray.types import Dataset, NamedResources
 if TYPE_CHECKING:
     from lightning_ray.adapters import TraceAdapter
     from lightning_ray.dev import DevRollout
+    from lightning_ray.evaluation.report import EvaluationReport
+    from lightning_ray.evaluation.request import EvaluationRequest
+    from lightning_ray.evaluation.settings import EvaluationSettings
+    from lightning_ray.evaluation.subject import Of
     from lightning_ray.store.base import Store
 
 T = TypeVar("T")
@@ -126,6 +130,7 @@ class Trainer:
         self.store: Store | None = None if store is None else store_of(store)
         self.llm_proxy = llm_proxy
         self.max_rollouts = max_rollouts
+        self._evaluation = launch.evaluation
         self._adapter = None if adapter is None else adapter_of(adapter)
         launch.refuse_leftovers()
 
@@ -153,7 +158,54 @@ class Trainer:
             if data is not None and len(data):
                 datasets[split] = data
         with stoppable():
+            if self._evaluation is not None:
+                self._evaluate_instead(self._evaluation, agent, datasets)
             return asyncio.run(self._fit(agent, datasets))
+
+    def validate(
+        self,
+        agent: LitAgent[T],
+        val_dataset: Dataset[T],
+        *,
+        of: Of = None,
+        settings: EvaluationSettings | None = None,
+        tags: Callable[[T], Iterable[str]] | None = None,
+        name: str | None = None,
+    ) -> EvaluationReport:
+        """Evaluate: play every task with some model, on Ray, without training; prints a table.
+
+        Args:
+            of: the model. A run's folder (its latest checkpoint; ``"runs/sql@best"``, ``@initial`` and ``@30`` name
+                others), any folder with a Hugging Face model, or an ``lr.Upstream`` for an endpoint, whose calls are
+                captured and counted. By default what the trainer has: the latest checkpoint of its run, otherwise its
+                algorithm's model, otherwise the LLM of its initial resources.
+            settings: samples of each task, greedy or sampled, what counts as a success, prices.
+            tags: of a task, by which the reward is told too; by default its ``tags`` and ``tag``.
+            name: of the folder in ``runs_dir``, which keeps ``eval.json`` and every span; by default the run's name
+                and ``-eval``.
+
+        Raises LightningRayError with a message that names the thing, its value and the fix.
+        """
+        from lightning_ray.evaluation.request import evaluate_subject
+        from lightning_ray.evaluation.settings import EvaluationSettings
+        from lightning_ray.progress import Reporter
+
+        check_agent(agent)
+        with stoppable():
+            report = evaluate_subject(
+                self, agent, val_dataset, of, settings or EvaluationSettings(), name=name, tags=tags
+            )
+        report.show(Reporter().console)
+        return report
+
+    def _evaluate_instead(
+        self, request: EvaluationRequest, agent: LitAgent[Any], datasets: dict[str, Dataset[Any]]
+    ) -> NoReturn:
+        from lightning_ray.evaluation.request import Evaluated
+
+        check_agent(agent)
+        request.answer(self, agent, datasets)
+        raise Evaluated
 
     def dev(
         self,
@@ -202,7 +254,7 @@ class Trainer:
             Cluster(self.address, relays=self.relays),
             agent,
             datasets,
-            self._runners(),
+            self.runner_settings(),
             self.resume,
             self.hooks,
             self.trackers,
@@ -222,7 +274,8 @@ class Trainer:
         summary: dict[str, Any] = json.loads((folder.path / "summary.json").read_text())
         return summary
 
-    def _runners(self) -> RunnerSettings:
+    def runner_settings(self) -> RunnerSettings:
+        """How runners play."""
         return RunnerSettings(
             minimum=self.n_runners,
             maximum=self.max_runners,
@@ -240,7 +293,7 @@ class Trainer:
             "max_runners": self.max_runners,
             "concurrency": self.concurrency,
             "isolation": self.isolation,
-            "python": self._runners().python,
+            "python": self.runner_settings().python,
             "address": self.address,
         }
         if self.relays:

@@ -43,6 +43,14 @@ async def test_an_answer_and_its_span(relayed: Relayed) -> None:
     assert not any("lr1." in value or "lightning" in value for value in headers.values())
 
 
+async def test_parameters_go_over_what_the_client_asks(relayed: Relayed) -> None:
+    await relayed.start(parameters={"temperature": 0, "top_p": None})
+    await relayed.client().chat.completions.create(**ask(temperature=0.7, top_p=0.5, max_tokens=3))
+    [(_, _, body)] = relayed.fake.requests
+    assert body == {**ask(), "temperature": 0, "max_tokens": 3}
+    assert (await relayed.row())["attributes"]["request"]["temperature"] == 0.7, "what the client asked is kept"
+
+
 async def test_token_ids_of_another_engine_stay_out_of_the_training_columns(relayed: Relayed) -> None:
     await relayed.start()
     await relayed.client().chat.completions.create(**ask(), extra_body={"return_token_ids": True})

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from lightning_ray.data import Epochs
 from lightning_ray.errors import ConfigError
-from lightning_ray.evaluation import Evaluation, evaluate
+from lightning_ray.evaluation import evaluate
 from lightning_ray.progress import Reporter, advance, as_current, fitting, short_seconds, step_line
 from lightning_ray.run_folder import KEPT_CHECKPOINTS, RunFolder, write_json
 from lightning_ray.run_state import PolicyState, RunState
@@ -209,12 +209,16 @@ def test_an_evaluation_is_means_over_what_succeeded_and_over_events() -> None:
             episode(None),
         ]
     )
-    assert figures == Evaluation(4, 2, 0.5, 2.0, 70, {"other": 5.0, "valid": 0.75})
-    assert figures.as_dict()["annotations"] == {"other": 5.0, "valid": 0.75}
+    told = figures.as_dict()
+    assert (figures.tasks, figures.failed, figures.reward, figures.turns) == (4, 2, 0.5, 2.0)
+    assert figures.sampled_tokens == 70
+    assert told["annotations"] == {"other": 5.0, "valid": 0.75}
+    assert told["failures"] == {"agent_failed": 1, "no_reward": 1}
 
 
 def test_an_evaluation_of_nothing_has_no_mean() -> None:
-    assert evaluate([]) == Evaluation(0, 0, None, None, 0, {})
+    figures = evaluate([])
+    assert (figures.tasks, figures.failed, figures.reward, figures.low, figures.turns) == (0, 0, None, None, None)
 
 
 def state() -> RunState:

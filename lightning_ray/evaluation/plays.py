@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from lightning_ray.relay.settings import Prices
 from lightning_ray.relay.spend import Spend, Usage
 from lightning_ray.semconv import MODEL_CALL_NAMES, SUPERSEDED_SPAN
 from lightning_ray.store.packing import unpack
@@ -21,8 +22,6 @@ from lightning_ray.trajectories.usable import FAILURES
 
 Tags = Callable[[Any], Iterable[str]]
 """The tags of a task."""
-Cost = Callable[[Usage], float]
-"""What a call of the policy costs."""
 POLICY = "policy"
 """The endpoint that calls with token ids are counted under."""
 AGENT = ("agent_failed", "timed_out", "unresponsive", "no_reward", "reward_not_finite")
@@ -75,12 +74,12 @@ def plays_of(
                 reward=episode.reward if failure is None else None,
                 failure=failure,
                 reason=reason,
-                turns=episode.calls if made is None else made.turns[model],
-                sampled_tokens=episode.sampled_tokens if made is None else made.spend[model].completion_tokens,
+                turns=episode.calls if made is None else made.turns.get(model, 0),
+                sampled_tokens=episode.sampled_tokens if made is None else made.sampled(model),
                 seconds=seconds,
                 tags=tuple(dict.fromkeys(map(str, (tags or tags_of)(rollout.input)))),
                 annotations=episode.annotations,
-                spend={} if made is None else made.spend,
+                spend={} if made is None else dict(made.spend),
             )
         )
     return found
@@ -120,9 +119,13 @@ class Calls:
     turns: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
     spend: defaultdict[str, Spend] = field(default_factory=lambda: defaultdict(Spend))
 
+    def sampled(self, endpoint: str) -> int:
+        """Tokens that an endpoint sampled."""
+        return self.spend[endpoint].completion_tokens if endpoint in self.spend else 0
 
-def calls_by_rollout(spans: pa.Table, attempts: Mapping[str, str], cost: Cost) -> dict[str, Calls]:
-    """What captured calls took, by rollout: those of the policy, at ``cost``, and of the relay, at its own.
+
+def calls_by_rollout(spans: pa.Table, attempts: Mapping[str, str], prices: Prices) -> dict[str, Calls]:
+    """What captured calls took, by rollout: those of the policy, at these prices, and of the relay, at its own.
 
     ``attempts`` names the attempt whose turns count. Calls that only the agent's client told of are not captured.
     """
@@ -131,7 +134,7 @@ def calls_by_rollout(spans: pa.Table, attempts: Mapping[str, str], cost: Cost) -
     for call in _captured(spans):
         endpoint = POLICY if call["own"] else str(call["upstream"])
         calls, usage = found[call["rollout_id"]], Usage.of(call["usage"])
-        price = cost(usage) if call["own"] and usage is not None else float(call["cost"] or 0.0)
+        price = usage.cost(prices) if call["own"] and usage is not None else float(call["cost"] or 0.0)
         ok = call["status"] == "OK"
         calls.spend[endpoint].add(usage, price, failed=not ok, answered=ok)
         counts = attempts.get(call["rollout_id"]) == call["attempt_id"] and call["span_id"] not in again

@@ -85,6 +85,11 @@ class RelayedCall:
         changed = dict(given)
         if self._upstream.model is not None:
             changed["model"] = self._upstream.model
+        if self.dialect is not None:
+            for name, value in self._upstream.parameters.items():
+                changed.pop(name, None)
+                if value is not None:
+                    changed[name] = value
         if self._upstream.ask_for_usage and given.get("stream") is True and self._streams_with_usage:
             options = given.get("stream_options")
             options = options if isinstance(options, dict) else {}

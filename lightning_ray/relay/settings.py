@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import ConfigDict, Field, SecretStr, field_validator, model_validator
@@ -17,7 +17,16 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _RESERVED = ("main_llm",)
 
 
-class Upstream(Settings):
+class Prices(Settings):
+    """What tokens cost."""
+
+    price_input_per_million: float = Field(default=0.0, ge=0)
+    price_cached_input_per_million: float | None = Field(default=None, ge=0)
+    """Of prompt tokens that the upstream had cached; without one, as others."""
+    price_output_per_million: float = Field(default=0.0, ge=0)
+
+
+class Upstream(Prices):
     """An endpoint that speaks OpenAI's or Anthropic's API."""
 
     model_config = ConfigDict(hide_input_in_errors=True)
@@ -30,6 +39,8 @@ class Upstream(Settings):
     """How the key is sent: ``Authorization: Bearer`` or ``x-api-key``."""
     model: str | None = None
     """Stands in for whatever model a client names; without one, the client's name goes on."""
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    """Put into each model call over what the client asks for, as ``{"temperature": 0}``; None takes one out."""
     api_key_env: str | None = None
     """The environment variable that holds the key: of the script, otherwise of the relay's own process."""
     api_key: SecretStr | None = None
@@ -51,10 +62,6 @@ class Upstream(Settings):
     """For silence of the upstream; an answer may take as long as it likes while it comes."""
     ask_for_usage: bool = True
     """Have streams of chat and completions end with their usage, which clients that did not ask for it do not see."""
-    price_input_per_million: float = Field(default=0.0, ge=0)
-    price_cached_input_per_million: float | None = Field(default=None, ge=0)
-    """Of prompt tokens that the upstream had cached; without one, as others."""
-    price_output_per_million: float = Field(default=0.0, ge=0)
     max_spend: float | None = Field(default=None, gt=0)
     """In the currency of the prices. Once it is reached further calls are answered 402; those at work go on."""
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lightning_ray.relay.settings import Upstream
+from lightning_ray.relay.settings import Prices
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,12 @@ class Usage:
         """Prompt and answer."""
         return self.prompt + self.completion
 
-    def cost(self, upstream: Upstream) -> float:
+    def cost(self, prices: Prices) -> float:
         """In the currency of the prices."""
-        cached = upstream.price_cached_input_per_million
-        cached = upstream.price_input_per_million if cached is None else cached
-        prompt = (self.prompt - self.cached) * upstream.price_input_per_million + self.cached * cached
-        return (prompt + self.completion * upstream.price_output_per_million) / 1e6
+        cached = prices.price_cached_input_per_million
+        cached = prices.price_input_per_million if cached is None else cached
+        prompt = (self.prompt - self.cached) * prices.price_input_per_million + self.cached * cached
+        return (prompt + self.completion * prices.price_output_per_million) / 1e6
 
 
 _COMPLETION = ("completion_tokens", "output_tokens")

@@ -1,0 +1,200 @@
+"""Plays an evaluation on Ray: span store, the subject's model or a relay before its endpoint, and runners.
+
+    folder    --vLLM, its weights as loaded (policy.loaded)--\\
+                                                              main_llm --> runners --> store --> plays
+    endpoint  --relay: captured, counted, limited-------------/
+
+No trainer ranks: nothing is trained on what is played here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import zlib
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_ray.agent import FunctionalLitAgent, LitAgent, name_of
+from lightning_ray.algorithms.grpo import NEUTRAL
+from lightning_ray.cluster import Cluster
+from lightning_ray.config import EngineSettings
+from lightning_ray.errors import ConfigError, SwapError
+from lightning_ray.evaluation.plays import POLICY, Play, Tags, calls_by_rollout, plays_of
+from lightning_ray.evaluation.report import EvaluationReport
+from lightning_ray.evaluation.settings import EvaluationSettings, Sampling
+from lightning_ray.evaluation.subject import Subject
+from lightning_ray.policy.loaded import loaded_from
+from lightning_ray.progress import Reporter, Stage, as_current
+from lightning_ray.run_folder import RunFolder, write_json
+from lightning_ray.run_rollouts import RunRollouts
+from lightning_ray.store.base import Store
+from lightning_ray.threads import in_thread
+from lightning_ray.types import LLM, Dataset, EnqueueRolloutRequest, NamedResources, ProxyLLM
+
+if TYPE_CHECKING:
+    from lightning_ray.trainer import Trainer
+
+EVALUATED = "evaluated"
+"""The relay's name for an endpoint that is evaluated."""
+PARAMETERS: dict[Sampling, dict[str, Any]] = {
+    "sampled": {"temperature": 1.0},
+    "greedy": {"temperature": 0.0},
+    "agent": {},
+}
+TOLD_SECONDS = 1.0
+"""Between two looks at how far it is."""
+README = """# Evaluation {name}
+
+| file | what it holds |
+|---|---|
+| `eval.json` | what was evaluated, the figures, and every play |
+| `config.json` | the resolved settings |
+| `store/` | every rollout and span: `lightning-ray spans "SELECT ..." FOLDER` |
+
+`lightning-ray doctor FOLDER` tells of every rollout, `lightning-ray eval FOLDER --against OTHER` compares two.
+"""
+
+
+class EvaluationSession:
+    """One evaluation from start to report."""
+
+    def __init__(self, trainer: Trainer, agent: LitAgent[Any], subject: Subject, settings: EvaluationSettings):
+        self._trainer = trainer
+        self._agent = agent
+        self._subject = subject
+        self._settings = settings
+        self._sampling = settings.chosen_sampling(subject.upstream is not None)
+        self._reporter = Reporter()
+        self._engine: EngineSettings = getattr(trainer.algorithm, "engine", EngineSettings())
+        self._model_name: str = getattr(trainer.algorithm, "model_name", POLICY)
+        self._told = subject.as_dict()
+
+    async def run(self, tasks: Dataset[Any], data: str, folder: RunFolder, tags: Tags | None) -> EvaluationReport:
+        """Play every task; returns the report, which is kept in the folder.
+
+        Raises ConfigError for what cannot work, SwapError if the model's weights are not those of its checkpoint,
+        InfrastructureError past a deadline.
+        """
+        self._check(tasks)
+        folder.create_for_evaluation(README)
+        write_json(folder.path / "config.json", {**self._trainer.resolved(), "evaluation": self._settings.model_dump()})
+        relays = dict(self._trainer.relays)
+        if self._subject.upstream is not None:
+            parameters = {**self._subject.upstream.parameters, **PARAMETERS[self._sampling]}
+            relays[EVALUATED] = self._subject.upstream.model_copy(update={"parameters": parameters})
+        cluster = Cluster(self._trainer.address, relays=relays)
+        began = time.perf_counter()
+        try:
+            store, rollouts = await self._start(cluster, folder)
+            with self._reporter.stage(f"{len(tasks)} tasks x {self._settings.samples}") as stage, as_current(stage):
+                plays = await self._play(store, rollouts, self._requests(rollouts, tasks), tags, stage)
+        finally:
+            await asyncio.shield(cluster.stop())
+        seconds = time.perf_counter() - began
+        report = EvaluationReport(folder.path, self._told, data, self._settings, self._sampling, plays, seconds)
+        report.write()
+        return report
+
+    def _check(self, tasks: Dataset[Any]) -> None:
+        if not len(tasks):
+            raise ConfigError("there is no task to evaluate on (length 0); give at least one")
+        needs_llm = isinstance(self._agent, FunctionalLitAgent) and "llm" in self._agent.needs
+        if self._subject.model is None and self._subject.upstream is None and needs_llm:
+            raise ConfigError(
+                f"agent {name_of(self._agent)!r} has a parameter 'llm', and there is no model to evaluate: name a run, "
+                "a folder or an endpoint, or give the trainer an algorithm or initial_resources with one"
+            )
+        if EVALUATED in self._trainer.relays:
+            raise ConfigError(f"relay {EVALUATED!r}: an evaluation needs the name for its endpoint; take another")
+
+    async def _start(self, cluster: Cluster, folder: RunFolder) -> tuple[Store, RunRollouts]:
+        settings, trainer = self._settings, self._trainer
+        with self._reporter.stage("Ray and span store"):
+            cluster.start_ray()
+            store = cluster.start_store(folder.store)
+            await store.statistics()
+            write_json(folder.path / "ray.json", cluster.whereabouts())
+        main = await self._serve(cluster, folder)
+        relayed: dict[str, Any] = await cluster.start_relay()
+        main |= {"main_llm": relayed.pop(EVALUATED)} if EVALUATED in relayed else {}
+        others = {name: value for name, value in (trainer.initial_resources or {}).items() if name not in main}
+        if main:
+            others = {name: value for name, value in others.items() if not isinstance(value, LLM)}
+        await store.update_resources("evaluated", {**main, **relayed, **others})
+        assert cluster.failure is not None
+        self._agent.set_trainer(trainer)
+        cluster.start_runners(self._agent, trainer.runner_settings(), trainer.hooks)
+        return store, RunRollouts(store, cluster.failure, settings.timeout_seconds, settings.max_attempts)
+
+    async def _serve(self, cluster: Cluster, folder: RunFolder) -> NamedResources:
+        """The subject's model on vLLM, proved if its folder says how."""
+        subject = self._subject
+        if subject.model is None:
+            return {}
+        model = subject.model
+        if not isinstance(model, Path):
+            made = folder.path / "model"
+            with self._reporter.stage("warm start") as stage, as_current(stage):
+                await in_thread(model, made)
+            model = made
+        loaded = loaded_from(model, subject.version, self._engine.logprob_tolerance)
+        with self._reporter.stage("engine up"):
+            endpoint = await cluster.start_policy(model, self._model_name, self._engine, loaded)
+            for replica in await cluster.replicas("describe"):
+                if not replica["proved"]:
+                    raise SwapError(loaded.refusal(model, replica["replica_id"], replica["loaded_diff"]))
+                self._told["proof"] = loaded.proof(replica["loaded_diff"])
+        sampling = {} if self._sampling == "agent" else {**PARAMETERS[self._sampling], **NEUTRAL}
+        return {"main_llm": ProxyLLM(**{**endpoint.model_dump(), "sampling_parameters": sampling})}
+
+    def _requests(self, rollouts: RunRollouts, tasks: Dataset[Any]) -> list[EnqueueRolloutRequest]:
+        """Every task so often, all tasks once before any twice."""
+        requests = []
+        for sample in range(self._settings.samples):
+            for task in range(len(tasks)):
+                metadata: dict[str, Any] = {"task": task, "sample": sample, "weight_version": self._subject.version}
+                if self._settings.seed is not None:
+                    metadata["seed"] = zlib.crc32(f"{self._settings.seed} {task} {sample}".encode())
+                requests.append(rollouts.request(tasks[task], "val", "evaluated", metadata))
+        return requests
+
+    async def _play(
+        self,
+        store: Store,
+        rollouts: RunRollouts,
+        requests: Sequence[EnqueueRolloutRequest],
+        tags: Tags | None,
+        stage: Stage,
+    ) -> list[Play]:
+        """As many at once as the runners play: the deadline is of what is at work."""
+        await store.enqueue_many_rollouts(requests)
+        telling = asyncio.create_task(_tell(store, len(requests), stage))
+        plays: list[Play] = []
+        try:
+            for ids in _portions([str(each.rollout_id) for each in requests], self._slots()):
+                await rollouts.wait_for(ids)
+                ended = await rollouts.read(ids)
+                calls = calls_by_rollout(ended.spans, ended.attempts, self._settings)
+                plays += plays_of(ended.episodes(), calls, tags, POLICY if self._subject.model else EVALUATED)
+        finally:
+            telling.cancel()
+        return plays
+
+    def _slots(self) -> int:
+        return self._trainer.n_runners * self._trainer.concurrency
+
+
+async def _tell(store: Store, total: int, stage: Stage) -> None:
+    while True:
+        await asyncio.sleep(TOLD_SECONDS)
+        with suppress(Exception):  # it is shown, and nothing else
+            by_status = (await store.statistics())["rollouts_by_status"]
+            ended = sum(by_status.get(status, 0) for status in ("succeeded", "failed", "cancelled"))
+            stage.advance(ended, total, "rollouts")
+
+
+def _portions(ids: Sequence[str], size: int) -> Iterable[Sequence[str]]:
+    return (ids[begin : begin + size] for begin in range(0, len(ids), size))
