@@ -11,6 +11,7 @@ from pathlib import Path
 from lightning_ray.doctor_command import add_doctor_command, doctor
 from lightning_ray.errors import ConfigError, LightningRayError
 from lightning_ray.eval_command import add_eval_command, evaluate_command
+from lightning_ray.export_command import add_export_command, export_command
 from lightning_ray.launch import Launch, launched, parse_setting
 from lightning_ray.replay_command import add_replay_command, replay
 from lightning_ray.spans_command import add_spans_command, spans
@@ -35,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit code. Errors of ours are one message on stderr, without a traceback."""
     own, script = split(sys.argv[1:] if arguments is None else arguments)
     given = parser().parse_args(own)
-    reading = {"spans": spans, "doctor": doctor, "replay": replay}.get(given.command)
+    reading = {"spans": spans, "doctor": doctor, "replay": replay, "export": export_command}.get(given.command)
     try:
         if reading is not None:
             return reading(given)
@@ -77,6 +78,7 @@ def parser() -> argparse.ArgumentParser:
     add_spans_command(commands)
     add_doctor_command(commands)
     add_replay_command(commands)
+    add_export_command(commands)
     return top
 
 
