@@ -20,8 +20,10 @@ from lightning_ray.errors import ConfigError
 from lightning_ray.spans_command import store_folder
 
 if TYPE_CHECKING:
+    from lightning_ray.run_folder import RunFolder
     from lightning_ray.trajectories.doctor import Diagnosis, Facts, Report
     from lightning_ray.trajectories.prefix import Break
+    from lightning_ray.trajectories.settings import Keep
 
 Decode = Callable[[Sequence[int]], str]
 CAUSES = 3
@@ -91,7 +93,23 @@ def read_facts(run: Path) -> Facts:
     }
     lines = [line | settled.get(line["step"], {}) for line in lines]
     batch = build(BatchSettings, settings.get("batch") or {}, f"{config}: algorithm.batch")
-    return Facts(lines, batch, settings.get("max_staleness"), settings.get("agent_match"))
+    keep = keep_of(settings, RunFolder(run))
+    return Facts(lines, batch, keep, settings.get("max_staleness"), settings.get("agent_match"))
+
+
+def keep_of(settings: Mapping[str, Any], run: RunFolder) -> Keep | None:
+    """Which rollouts a run imitated, if it did. A filter of the user's own is what it let pass."""
+    from lightning_ray.config import build
+    from lightning_ray.trajectories.settings import Keep
+
+    if settings.get("name") == "Distill" and not settings["reward_weight"]:
+        return Keep()
+    if "keep" not in settings:
+        return None
+    passed = {rollout_id for line in run.steps().values() for rollout_id in line.get("kept") or ()}
+    recorded = settings["keep"]
+    values = recorded | {"filter": (lambda episode: episode.rollout_id in passed) if recorded["filter"] else None}
+    return build(Keep, values, f"{run.path / 'config.json'}: algorithm.keep")
 
 
 def load_decode(run: Path, special: bool = True) -> Decode | None:

@@ -98,7 +98,7 @@ def _line(
 ) -> dict[str, Any]:
     if form == "openai":
         return {"messages": messages, **({"tools": tools} if tools else {})}
-    line = {"messages": [_with_objects(message) for message in messages], "tools": tools}
+    line: dict[str, Any] = {"messages": [_with_objects(message) for message in messages], "tools": tools}
     line |= {"rollout_id": episode.rollout_id, "reward": episode.reward}
     if tokens is not None:
         line |= {"token_ids": tokens.token_ids.tolist(), "mask": tokens.mask.tolist()}

@@ -46,8 +46,6 @@ class Distill(GRPO):
 
     @model_validator(mode="after")
     def _compares_groups(self) -> Distill:
-        if self.policies is not None:
-            raise ValueError("policies: one teacher teaches one policy; give its model in place of them")
         if self.reward_weight and self.group_size < 2:
             raise ValueError(
                 f"reward_weight={self.reward_weight:g} compares the rollouts of a task: set group_size to 2 or more "

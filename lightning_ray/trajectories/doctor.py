@@ -16,10 +16,11 @@ import pyarrow as pa
 from lightning_ray.trajectories.account import Account, settle
 from lightning_ray.trajectories.episode import Episode, read_episodes
 from lightning_ray.trajectories.evidence import Evidence, evidence_of
+from lightning_ray.trajectories.keeping import keep_best
 from lightning_ray.trajectories.prefix import Break, find_breaks
 from lightning_ray.trajectories.remarks import Remark, detail_of, finer_reason, remarks_on
 from lightning_ray.trajectories.run_steps import group_of, parts_of, settled_steps
-from lightning_ray.trajectories.settings import BatchSettings
+from lightning_ray.trajectories.settings import BatchSettings, Keep
 from lightning_ray.trajectories.step_accounts import TRAINED, StepAccount, step_accounts
 from lightning_ray.trajectories.usable import outcome_of
 from lightning_ray.types import TERMINAL_ROLLOUT, Attempt, AttemptedRollout, Rollout
@@ -65,6 +66,8 @@ class Facts:
 
     steps: Sequence[Mapping[str, Any]] | None = None
     batch: BatchSettings = field(default_factory=BatchSettings)
+    keep: Keep | None = None
+    """Which rollouts were imitated, if they were not compared within their groups."""
     max_staleness: int | None = None
     agent_match: str | None = None
 
@@ -150,7 +153,10 @@ class Verdicts:
     def settle(self, episodes: Sequence[Episode], facts: Facts, oldest_version: int | None) -> None:
         """Settle whole groups."""
         groups = {episode.rollout_id: str(group_of(episode.rollout)) for episode in episodes}
-        self.account = settle(episodes, groups, facts.batch, oldest_version)
+        if facts.keep is None:
+            self.account = settle(episodes, groups, facts.batch, oldest_version)
+        else:
+            self.account = keep_best(episodes, groups, facts.keep, facts.batch, oldest_version)
         self.reasons.update(self.account.dropped)
         self.reasons.update({episode.rollout_id: TRAINED for episode in self.account.trained})
         self.details.update(self.account.details)
