@@ -29,6 +29,8 @@ class Candidate(BaseModel):
     critique: str | None = None
     rewards: dict[int, float] = Field(default_factory=dict)
     """By the index of the validation task."""
+    unfinished: set[int] = Field(default_factory=set)
+    """Validation tasks that took longer than their time: they are not tried again."""
     score: float | None = None
     """Of the last comparison: the mean over tasks that all had a reward for."""
     trial: tuple[float, float] | None = None

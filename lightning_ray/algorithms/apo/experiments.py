@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning_ray.adapters import TraceAdapter, TracerTraceToTriplet, TraceToMessages
 from lightning_ray.algorithms.apo.scoring import Played
@@ -12,19 +12,22 @@ from lightning_ray.emitter import get_message_value, get_rewards_from_span, is_r
 from lightning_ray.semconv import AGL_ANNOTATION
 from lightning_ray.span import Span
 
+if TYPE_CHECKING:
+    from lightning_ray.algorithms.apo.settings import APO
+
 CUT = "\n[... {} characters left out ...]\n"
 
 
-def describe(played: Played, adapter: TraceAdapter[Any], show_errors: bool, most: int) -> dict[str, Any]:
-    """The fields that critique files have of one rollout, as texts; ``talk`` has at most so many characters."""
+def describe(played: Played, adapter: TraceAdapter[Any], settings: APO[Any]) -> dict[str, Any]:
+    """The fields that critique files have of one rollout, as texts; what is not to be shown is None."""
     return {
-        "task": as_text(played.task),
+        "task": as_text(played.task) if settings.show_tasks else None,
         "status": played.rollout.status,
         "reward": "none" if played.reward is None else f"{played.reward:g}",
         "rewards": dimensions(played.spans),
-        "talk": cut(talk(adapter.adapt(played.spans)), most),
+        "talk": cut(talk(adapter.adapt(played.spans)), settings.max_run_characters),
         "notes": notes(played.spans),
-        "error": played.error if show_errors else None,
+        "error": played.error if settings.show_errors else None,
     }
 
 

@@ -101,11 +101,14 @@ class Scorer:
 
     async def fill(self, candidate: Candidate, indices: Sequence[int], dataset: Any) -> None:
         """Have a candidate's rewards for these validation tasks; those that it has are not played again."""
-        missing = [(index, dataset[index]) for index in indices if index not in candidate.rewards]
+        known = candidate.rewards.keys() | candidate.unfinished
+        missing = [(index, dataset[index]) for index in indices if index not in known]
         if missing:
             for one in await self.play(candidate, missing, "val"):
                 if one.reward is not None:
                     candidate.rewards[one.index] = one.reward
+                elif one.rollout.status == "cancelled":
+                    candidate.unfinished.add(one.index)
 
     def nothing_counts(self, what: str) -> InfrastructureError:
         """What to raise where there is nothing left to score ``what`` by."""

@@ -55,7 +55,8 @@ class Search:
         rng, size = random.Random(f"{self._settings.seed}/train"), self._settings.gradient_batch_size
         batches = batch_iter_over_dataset(range(len(bench.train)), size, rng)
         self._batches = islice(batches, self._state.train_batches, None)
-        self._failure: InfrastructureError | None = None
+        self._failures: list[InfrastructureError] = []
+        """Of the children of a round."""
 
     async def validate_seed(self) -> None:
         """The score that has to be beaten."""
@@ -74,12 +75,14 @@ class Search:
         return state.round >= self._settings.beam_rounds or state.stopped is not None
 
     async def play_round(self) -> str:
-        """One more round; returns a line about it. Raises InfrastructureError if the model could not be asked once."""
+        """One more round; returns a line about it. Raises InfrastructureError if each of its children failed by one."""
         state, number, began = self._state, self._state.round + 1, time.perf_counter()
+        drawn, merged = state.train_batches, list(state.merged)
         births = await self._births(number)
         if not births and state.stopped is not None:
+            state.train_batches, state.merged = drawn, merged
             return "no new candidate"
-        self._tell(f"round {number}: {len(births)} new candidates meet {len(state.beam)} of the rounds before")
+        self._tell(f"round {number}: {len(births)} candidates meet {len(state.beam)} of the rounds before")
         await self._selection.judge(births)
         state.round = number
         state.history.append(
@@ -93,24 +96,34 @@ class Search:
                 seconds=round(time.perf_counter() - began, 3),
             )
         )
-        return (
-            f"{len(births)} candidates, best {state.best} {shown(state.best_score)}, {state.rollouts} rollouts so far"
-        )
+        best = f"best {state.best} {shown(state.best_score)}"
+        return f"{len(births)} candidates, {best}, {state.rollouts} rollouts"
 
     async def _births(self, number: int) -> list[Birth]:
-        """The new candidates of a round, each under a version of its own; templates that are known are left out."""
+        """The candidates of a round, the new ones under versions of their own.
+
+        One that was found before and went no further is as good as new, and brings the rewards that it has: the tasks
+        it met others on may have been of no use to it.
+        """
         rng = random.Random(f"{self._settings.seed}/round {number}")
-        self._failure = None
+        self._failures.clear()
         works = [self._tried(self._reflect(branch)) for branch in self._branches(rng)]
         works += [self._tried(merge) for merge in self._selection.merges(rng)]
         found: list[Birth] = []
         for birth in await self._bench.in_parallel(works):
-            if birth is not None and not self._state.known(birth.candidate.templates):
+            if birth is None:
+                continue
+            known = self._state.find(birth.candidate.templates)
+            if known is None:
                 birth.candidate.round = number
                 self._state.add(birth.candidate)
-                found.append(birth)
-        if not found and self._failure is not None and self._state.stopped is None:
-            raise self._failure
+            elif known.version in self._state.beam or any(other.candidate is known for other in found):
+                continue
+            else:
+                birth.candidate = known
+            found.append(birth)
+        if works and len(self._failures) == len(works):
+            raise self._failures[-1]
         return found
 
     def _branches(self, rng: random.Random) -> list[Branch]:
@@ -131,7 +144,7 @@ class Search:
         played = [one for one in await self._bench.scorer.play(parent, branch.tasks, "train") if one.reward is not None]
         if not played:
             raise self._bench.scorer.nothing_counts(f"candidate {parent.version}")
-        runs = [describe(one, self._adapter, settings.show_errors, settings.max_run_characters) for one in played]
+        runs = [describe(one, self._adapter, settings) for one in played]
         critique = await writer.critique(branch.critique, parent.templates, branch.name, runs)
         template = await writer.edit(branch.edit, parent.templates, branch.name, critique)
         candidate = Candidate(
@@ -152,7 +165,7 @@ class Search:
         except NoEdit as error:
             self._tell(f"a candidate did not come about: {error}")
         except InfrastructureError as error:
-            self._failure = error
+            self._failures.append(error)
             self._tell(f"a candidate did not come about: {error}")
         except SpendReached as error:
             if self._state.stopped is None:

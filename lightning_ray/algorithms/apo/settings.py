@@ -67,6 +67,8 @@ class APO(AlgorithmSettings, Generic[T]):
     """For one rollout; one that takes longer is a failure of the agent's."""
     infrastructure_retries: int = Field(default=1, ge=0)
     """How often a rollout that the infrastructure failed is queued anew, beyond the store's own retries."""
+    show_tasks: bool = True
+    """Whether critiques see the tasks, gold answers that are in them included, or only what was said and noted."""
     show_errors: bool = True
     """Whether critiques see the exceptions of agents."""
     max_run_characters: int = Field(default=20_000, ge=100)

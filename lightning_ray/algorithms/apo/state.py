@@ -24,7 +24,7 @@ class Round(BaseModel):
 
     round: int
     made: list[str]
-    """Versions of its new candidates."""
+    """Versions of its candidates: new ones, and those that were found again."""
     beam: list[str]
     best: str
     best_score: float | None
@@ -66,9 +66,9 @@ class SearchState(BaseModel):
         self.candidates[candidate.version] = candidate
         return candidate
 
-    def known(self, templates: dict[str, PromptTemplate]) -> bool:
-        """Whether a candidate has these very templates."""
-        return any(candidate.same_templates(templates) for candidate in self.candidates.values())
+    def find(self, templates: dict[str, PromptTemplate]) -> Candidate | None:
+        """The candidate that has these very templates."""
+        return next((each for each in self.candidates.values() if each.same_templates(templates)), None)
 
     @property
     def best_candidate(self) -> Candidate:
