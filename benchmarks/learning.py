@@ -1,7 +1,9 @@
-"""Does it learn? The SQL example through the whole real loop, on fresh seeds, and a control without the tool's hint.
+"""Does it learn? The SQL example through the whole real loop, on fresh seeds, and a control without the tool's hint;
+beside it SFT on the policy's own best rollouts, and GRPO that begins with the model of that.
 
-    python -m benchmarks.learning            three seeds and the control (about 12 minutes on 2 cores)
-    python -m benchmarks.learning --quick    one seed
+    python -m benchmarks.learning                three seeds and the control (about 25 minutes on 2 cores)
+    python -m benchmarks.learning --quick        one seed, no control
+    python -m benchmarks.learning --only sft     SFT and GRPO after SFT; or --only grpo
 
 Figures are of the held-out test questions (144). ``corrected``: share of failing queries, with a turn left, whose next
 query runs, decoded greedily.
@@ -24,16 +26,27 @@ from rich.table import Table
 SEEDS = (101, 102, 103)
 FIGURES = ("sampled", "greedy", "corrected")
 LIMIT_SECONDS = 1200
+ARMS = ("sft", "sft-then-grpo")
+"""Of ``examples.sql.compare``."""
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--quick", action="store_true", help="one seed, no control")
-    quick = arguments.parse_args().quick
-    runs = {f"seed {seed}": train(seed) for seed in (SEEDS[:1] if quick else SEEDS)}
-    control = None if quick else train(SEEDS[0], "--no-hint")
-    show(runs, control)
-    print(json.dumps(figures(list(runs.values()), control)))
+    arguments.add_argument("--only", choices=("grpo", "sft"), help="one part of it")
+    given = arguments.parse_args()
+    seeds = SEEDS[:1] if given.quick else SEEDS
+    result: dict[str, Any] = {"seeds": len(seeds)}
+    if given.only != "sft":
+        runs = {f"seed {seed}": train(seed) for seed in seeds}
+        control = None if given.quick else train(SEEDS[0], "--no-hint")
+        show(runs, control)
+        result |= figures(list(runs.values()), control)
+    if given.only != "grpo":
+        imitating = {f"{arm}, seed {seed}": run for seed in seeds for arm, run in imitate(seed).items()}
+        show(imitating, None)
+        result |= imitation_figures(imitating)
+    print(json.dumps(result))
 
 
 def train(seed: int, *options: str) -> dict[str, Any]:
@@ -47,9 +60,34 @@ def train(seed: int, *options: str) -> dict[str, Any]:
         return summary
 
 
+def imitate(seed: int) -> dict[str, dict[str, Any]]:
+    """SFT and GRPO after it, in processes of their own; returns their summaries."""
+    with tempfile.TemporaryDirectory(prefix="lr-learning-") as folder:
+        for arm in ARMS:
+            command = [sys.executable, "-m", "examples.sql.compare", "--only", arm, "--seed", str(seed)]
+            command += ["--runs-dir", folder]
+            subprocess.run(command, check=True, timeout=LIMIT_SECONDS, stdout=sys.stderr)
+        runs = Path(folder) / f"compare-{seed}"
+        return {arm: json.loads((runs / arm / "summary.json").read_text()) for arm in ARMS}
+
+
+def imitation_figures(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Means over the seeds, on the test questions; those of GRPO after SFT begin where SFT ended."""
+    result: dict[str, Any] = {}
+    for arm, name in zip(ARMS, ("sft", "grpo_after_sft"), strict=True):
+        of_arm = [run for title, run in runs.items() if title.startswith(f"{arm},")]
+        for figure in FIGURES:
+            for moment in ("before", "after"):
+                mean = fmean(run["test"][f"{figure}_{moment}"] for run in of_arm)
+                result[f"{name}_test_{figure}_{moment}"] = round(mean, 3)
+        result[f"{name}_rollouts"] = round(fmean(run["rollouts"] for run in of_arm))
+        result[f"{name}_seconds_mean"] = round(fmean(run["seconds_total"] for run in of_arm), 1)
+    return result
+
+
 def figures(runs: list[dict[str, Any]], control: dict[str, Any] | None) -> dict[str, Any]:
     """Means over the seeds, on the test questions."""
-    result: dict[str, Any] = {"seeds": len(runs)}
+    result: dict[str, Any] = {}
     for name in FIGURES:
         before, after = ([run["test"][f"{name}_{moment}"] for run in runs] for moment in ("before", "after"))
         result[f"test_{name}_before"] = round(fmean(before), 3)

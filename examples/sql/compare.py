@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +110,7 @@ def show(summaries: dict[str, dict[str, Any]]) -> None:
         table.add_row(
             name, f"{totals['rollouts']}", f"{totals['rollouts_trained']}", *cells, f"{totals['seconds_total']:.0f}"
         )
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 110).print(table)
 
 
 def plot(folder: Path, names: list[str]) -> None:
