@@ -16,6 +16,7 @@ from lightning_ray.algorithms.imitated import ImitatedRollouts
 from lightning_ray.policy.batch import read_batch
 from lightning_ray.policy.model_folder import STATE, tokenizer_hash
 from lightning_ray.progress import Reporter
+from lightning_ray.replay import settings as replay_settings
 from tests.test_conversations import CHATML, TALK
 from tests.test_doctor import Bench
 from tests.test_trajectories import model_call
@@ -145,3 +146,9 @@ def test_the_ranks_train_likelihood() -> None:
 def test_a_filter_is_a_function_and_its_name_is_kept() -> None:
     settings = lr.SFT(model="m", keep=lr.Keep(filter=bool)).settings()
     assert "bool" in json.dumps(settings, default=str)
+
+
+def test_a_replay_of_what_is_no_grpo_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"algorithm": {"name": "SFT", **lr.SFT(model="m").settings()}}))
+    with pytest.raises(lr.ConfigError, match="its algorithm is SFT; a replay"):
+        replay_settings.recorded(tmp_path)

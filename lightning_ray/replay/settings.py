@@ -27,6 +27,8 @@ def recorded(run: Path) -> dict[str, Any]:
     values = json.loads(file.read_text()).get("algorithm")
     if not isinstance(values, dict) or "model" not in values:
         raise ConfigError(f"{file}: its algorithm does not train weights; there is no step to replay")
+    if (name := values.get("name", "GRPO")) != "GRPO":
+        raise ConfigError(f"{file}: its algorithm is {name}; a replay has nothing but the store, and trains GRPO's steps")
     return {name: value for name, value in values.items() if name != "name"}
 
 
