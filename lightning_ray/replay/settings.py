@@ -28,7 +28,7 @@ def recorded(run: Path) -> dict[str, Any]:
     if not isinstance(values, dict) or "model" not in values:
         raise ConfigError(f"{file}: its algorithm does not train weights; there is no step to replay")
     if (name := values.get("name", "GRPO")) != "GRPO":
-        raise ConfigError(f"{file}: its algorithm is {name}; a replay has nothing but the store, and trains GRPO's steps")
+        raise ConfigError(f"{file}: its algorithm is {name}; a replay trains steps of GRPO alone")
     return {name: value for name, value in values.items() if name != "name"}
 
 
