@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 from ray import serve
 
 from lightning_ray.capture.append import SharedAppend
+from lightning_ray.capture.audience import POLICY
 from lightning_ray.capture.conversations import Attempt, Conversations
 from lightning_ray.capture.edge import Backend, CaptureEdge, Limits
 from lightning_ray.capture.engine import CapturedEngine
@@ -53,6 +54,7 @@ class Policy:
         store: Store,
         secret: bytes,
         loaded: Loaded | None = None,
+        audience: str = POLICY,
     ):
         self.settings = settings
         self.model = model
@@ -63,6 +65,7 @@ class Policy:
         self.swapping_since: float | None = None
         self.swaps: deque[dict[str, Any]] = deque(maxlen=SWAPS_KEPT)
         self.given_up = False
+        self.audience = audience
         self.loaded = loaded
         self.loaded_diff: float | None = None
         self.load = EngineLoad()
@@ -100,7 +103,7 @@ class Policy:
         if self.loaded is not None:
             await self._vouch(self.loaded)
         limits = Limits(settings.max_body_mb * 2**20, settings.max_calls_per_attempt)
-        backend = Backend(self._ready, lambda: self.describe()["version"], self.status)
+        backend = Backend(self._ready, lambda: self.describe()["version"], self.status, self.audience, self.model_name)
         return CaptureEdge(app, self.secret, SharedAppend(self._append), backend, limits)
 
     async def _vouch(self, loaded: Loaded) -> None:
@@ -283,6 +286,10 @@ class Policy:
         """One number for each parameter, to tell which differ after a failed proof."""
         numbers = await self.engine.collective_rpc("lightning_ray_probes")
         return {"replica_id": self.replica_id, "probes": numbers[0]}
+
+    async def digest(self) -> dict[str, Any]:
+        """A fingerprint of the weights that are served, by worker (``policy.digest``)."""
+        return {"replica_id": self.replica_id, "digests": await self.engine.collective_rpc("lightning_ray_digest")}
 
     async def check_health(self) -> None:
         """Raise when the engine is dead or a swap has been open past its deadline: Serve then restarts the replica."""

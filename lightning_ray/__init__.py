@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_ray.agent import FunctionalLitAgent, LitAgent, llm_rollout, prompt_rollout, rollout
 from lightning_ray.algorithms.base import Algorithm, AlgorithmSettings
 from lightning_ray.algorithms.grpo import GRPO
+from lightning_ray.algorithms.policies import Policy
 from lightning_ray.config import EngineSettings
 from lightning_ray.emitter import (
     OperationContext,
@@ -165,6 +166,7 @@ __all__ = [
     "OverlongPenalty",
     "PaginatedResult",
     "ParallelWorkerBase",
+    "Policy",
     "PromptTemplate",
     "ProxyLLM",
     "Resource",

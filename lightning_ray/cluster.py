@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from lightning_ray.agent import LitAgent
+from lightning_ray.capture.audience import POLICY, one_of_several
 from lightning_ray.config import EngineSettings, RunnerSettings
 from lightning_ray.errors import ConfigError, InfrastructureError
 from lightning_ray.hooks import Hook
@@ -29,8 +30,9 @@ from lightning_ray.net import free_port
 from lightning_ray.policy.loaded import Loaded
 from lightning_ray.policy.settings import UpdateSettings
 from lightning_ray.policy.swap import PolicySwapper
-from lightning_ray.policy.transfer import transfer_of
+from lightning_ray.policy.transfer import Replicas, transfer_of
 from lightning_ray.relay.settings import Upstream
+from lightning_ray.run_state import ONLY
 from lightning_ray.store.base import Store
 from lightning_ray.store.client import StoreClient
 from lightning_ray.store.shards import ShardedStore
@@ -70,7 +72,10 @@ the first logprobs, for one small function."""
 
 
 class Cluster:
-    """A run's Ray: the span store, the policy deployment, the relay, the trainer ranks and the runners."""
+    """A run's Ray: the span store, a deployment and trainer ranks for each policy, the relay and the runners.
+
+    Policies go by their names; the only one of a run has its own, which need not be given.
+    """
 
     def __init__(
         self, address: str | None = None, num_cpus: int | None = None, relays: Mapping[str, Upstream] | None = None
@@ -82,10 +87,13 @@ class Cluster:
         self._name = f"lightning-ray-{secrets.token_hex(4)}"
         self.secret = secrets.token_bytes(32)
         self.runners: RunnerPool | None = None
-        self.trainers: Any = None
         self.store: Store | None = None
         self._store_actors: list[Any] = []
-        self._policy: Any = None
+        self._deployed: dict[str, Any] = {}
+        """Handles of the policies' deployments."""
+        self._swap_timeouts: dict[str, float] = {}
+        self._trainers: dict[str, Any] = {}
+        self._serving = asyncio.Lock()
         self._relays = dict(relays or {})
         self._relay: Any = None
         self.failure: asyncio.Future[None] | None = None
@@ -146,7 +154,7 @@ class Cluster:
         }
 
     async def start_policy(
-        self, model: Path, model_name: str, settings: EngineSettings, loaded: Loaded | None = None
+        self, model: Path, model_name: str, settings: EngineSettings, loaded: Loaded | None = None, name: str = ONLY
     ) -> ProxyLLM:
         """Serve the model; returns the endpoint that agents use.
 
@@ -156,22 +164,31 @@ class Cluster:
 
         from deployments.policy import Policy
 
-        port = settings.port or free_port(settings.host)
         options = policy_options(settings)
-        route = "/" if self.owned else f"/{self._name}"
+        route = ("" if self.owned else f"/{self._name}") + ("" if name == ONLY else f"/policies/{name}")
+        audience = POLICY if name == ONLY else one_of_several(name)
 
         def deploy() -> Any:
-            start_serve(settings.host, port)
             application = Policy.options(**options).bind(  # type: ignore[attr-defined]
-                str(model), model_name, settings, self.store, self.secret, loaded
+                str(model), model_name, settings, self.store, self.secret, loaded, audience
             )
-            return serve.run(application, name=self._name, route_prefix=route)
+            return serve.run(application, name=self._application(name), route_prefix=route or "/")
 
-        self._policy = await within(
-            in_thread(deploy), settings.startup_timeout_seconds, f"the policy deployment on port {port}"
-        )
-        self._swap_timeout = settings.swap_timeout_seconds
-        return ProxyLLM(endpoint=f"{serve_address()}{route.rstrip('/')}/v1", model=model_name)
+        await self._start_serve(settings)
+        what = f"the deployment of {'the policy' if name == ONLY else name} at {serve_address()}{route}"
+        self._deployed[name] = await within(in_thread(deploy), settings.startup_timeout_seconds, what)
+        self._swap_timeouts[name] = settings.swap_timeout_seconds
+        return ProxyLLM(endpoint=f"{serve_address()}{route}/v1", model=model_name)
+
+    async def _start_serve(self, settings: EngineSettings) -> None:
+        """Serve, with its HTTP where the first who asks wants it."""
+        async with self._serving:
+            port = settings.port or free_port(settings.host)
+            starting = in_thread(start_serve, settings.host, port)
+            await within(starting, settings.startup_timeout_seconds, f"Ray Serve on port {port}")
+
+    def _application(self, name: str) -> str:
+        return self._name if name == ONLY else f"{self._name}-{name}"
 
     async def start_relay(self) -> dict[str, ProxyLLM]:
         """Serve the relay, beside the policy or alone; returns the endpoints that agents use, by name."""
@@ -186,10 +203,10 @@ class Cluster:
         route = "/relay" if self.owned else f"/{self._name}-relay"
 
         def deploy() -> Any:
-            if self._policy is None:
-                start_serve(EngineSettings().host, free_port(EngineSettings().host))
             return serve.run(application, name=f"{self._name}-relay", route_prefix=route)
 
+        if not self._deployed:
+            await self._start_serve(EngineSettings())
         self._relay = await within(in_thread(deploy), RELAY_SECONDS, "the relay deployment")
         return {
             name: ProxyLLM(endpoint=f"{serve_address()}{route}/to/{name}/v1", model=upstream.model or name)
@@ -197,27 +214,39 @@ class Cluster:
         }
 
     async def replicas(self, method: str, *arguments: Any) -> list[Any]:
-        """Call a control method on every live replica of the policy."""
-        response = self._policy.broadcast(method, *arguments)
-        return await in_thread(lambda: response.results(timeout_s=self._swap_timeout))
+        """Call a control method on every live replica of the only policy."""
+        return await self.replicas_of(ONLY)(method, *arguments)
 
-    async def start_trainers(self, settings: UpdateSettings, ranks: int, transfer: str) -> None:
-        """The trainer ranks, ready to push weights."""
+    def replicas_of(self, name: str) -> Replicas:
+        """Calls a control method on every live replica of a policy."""
+
+        async def call(method: str, *arguments: Any) -> list[Any]:
+            response = self._deployed[name].broadcast(method, *arguments)
+            return await in_thread(lambda: response.results(timeout_s=self._swap_timeouts[name]))
+
+        return call
+
+    @property
+    def trainers(self) -> Any:
+        """The trainer ranks of the only policy."""
+        return self._trainers[ONLY]
+
+    async def start_trainers(self, settings: UpdateSettings, ranks: int, transfer: str, name: str = ONLY) -> Any:
+        """A policy's trainer ranks, ready to push weights."""
         from actors.policy_trainer import PolicyTrainerGroup
 
-        self.trainers = await PolicyTrainerGroup.start(settings, ranks=ranks)
-        await self.trainers.call("load_transfer", transfer, timeout=120.0)
+        trainers = self._trainers[name] = await PolicyTrainerGroup.start(settings, ranks=ranks)
+        await trainers.call("load_transfer", transfer, timeout=120.0)
+        return trainers
 
-    async def connect(self, settings: EngineSettings) -> PolicySwapper:
-        """Tie the trainer ranks to the policy's replicas."""
-        deadline = settings.swap_timeout_seconds
-        [way, *_] = {member["transfer"] for member in await self.replicas("describe")}
-        await self.trainers.call("attach_policy", self._policy, way, deadline, timeout=60.0)
+    async def connect(self, settings: EngineSettings, name: str = ONLY) -> PolicySwapper:
+        """Tie a policy's trainer ranks to its replicas."""
+        deadline, replicas, trainers = settings.swap_timeout_seconds, self.replicas_of(name), self._trainers[name]
+        [way, *_] = {member["transfer"] for member in await replicas("describe")}
+        await trainers.call("attach_policy", self._deployed[name], way, deadline, timeout=60.0)
         tolerance = settings.logprob_tolerance
-        transfer = transfer_of(way, self.replicas, self.trainers, tolerance, deadline)
-        return PolicySwapper(
-            self.replicas, self.trainers, transfer, tolerance, deadline, settings.startup_timeout_seconds
-        )
+        transfer = transfer_of(way, replicas, trainers, tolerance, deadline)
+        return PolicySwapper(replicas, trainers, transfer, tolerance, deadline, settings.startup_timeout_seconds)
 
     def start_runners(self, agent: LitAgent[Any], settings: RunnerSettings, hooks: Sequence[Hook] = ()) -> None:
         """The runners; they lease whatever is queued from now on."""
@@ -251,14 +280,15 @@ class Cluster:
         # A part that is dead already must not keep the others from being ended.
         if self.runners is not None:
             await self.runners.stop()
-        if self.trainers is not None:
-            self.trainers.stop()
+        for trainers in self._trainers.values():
+            trainers.stop()
         await asyncio.gather(*(actor.close.remote() for actor in self._store_actors), return_exceptions=True)
         from ray import serve
 
-        for deployed, name in ((self._policy, self._name), (self._relay, f"{self._name}-relay")):
-            if deployed is not None and not self.owned:
-                await in_thread(serve.delete, name)
+        applications = [self._application(name) for name in self._deployed]
+        applications += [f"{self._name}-relay"] if self._relay is not None else []
+        for application in applications if not self.owned else ():
+            await in_thread(serve.delete, application)
 
 
 def policy_options(settings: EngineSettings) -> dict[str, Any]:
@@ -374,14 +404,15 @@ def check_port(settings: EngineSettings) -> None:
             ) from None
 
 
-def check_memory(settings: EngineSettings, ranks: int) -> None:
-    """Raises ConfigError when this machine has not the memory that a small local run takes."""
-    cache = settings.kv_cache_memory_mb * 2**20
-    needed = BASE_MEMORY + settings.replicas * (REPLICA_MEMORY + cache) + ranks * RANK_MEMORY
+def check_memory(engines: Sequence[EngineSettings], ranks: int) -> None:
+    """Raises ConfigError when this machine has not the memory that a small local run takes, ``ranks`` in all."""
+    replicas = sum(engine.replicas for engine in engines)
+    caches = sum(engine.replicas * engine.kv_cache_memory_mb * 2**20 for engine in engines)
+    needed = BASE_MEMORY + replicas * REPLICA_MEMORY + caches + ranks * RANK_MEMORY
     free = psutil.virtual_memory().available
     if free < needed:
         raise ConfigError(
-            f"too little memory: about {needed / 2**30:.1f} GB are needed for {settings.replicas} replica(s) and "
+            f"too little memory: about {needed / 2**30:.1f} GB are needed for {replicas} replica(s) and "
             f"{ranks} trainer rank(s), {free / 2**30:.1f} GB are available; close other programs, or use ranks=1 and a "
             "smaller engine.kv_cache_memory_mb"
         )

@@ -11,7 +11,7 @@ import asyncio
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,16 +20,19 @@ import pyarrow as pa
 
 from lightning_ray.agent import LitAgent
 from lightning_ray.algorithms.grpo import NEUTRAL
+from lightning_ray.algorithms.source import Played
 from lightning_ray.algorithms.weights import WeightAlgorithm
-from lightning_ray.cluster import Cluster, tree_memory
+from lightning_ray.cluster import Cluster, together, tree_memory
 from lightning_ray.config import RunnerSettings
 from lightning_ray.evaluation import Evaluation, evaluate
 from lightning_ray.hooks import Hook
+from lightning_ray.policy.loaded import loaded_from
+from lightning_ray.policy_rows import by_policy
 from lightning_ray.progress import Reporter, as_current
 from lightning_ray.run_folder import RunFolder, write_json
 from lightning_ray.run_rollouts import RunRollouts, refuse_total_failure
-from lightning_ray.run_state import RunState
-from lightning_ray.step_figures import StepTimes, step_figures
+from lightning_ray.run_state import ONLY, RunState
+from lightning_ray.step_figures import StepTimes, policy_figures, step_figures
 from lightning_ray.store.base import Store
 from lightning_ray.threads import in_thread
 from lightning_ray.trackers import Choice, Trackers
@@ -37,10 +40,8 @@ from lightning_ray.trackers.ray_metrics import watch_queue
 from lightning_ray.trained_policy import TrainedPolicy
 from lightning_ray.trajectories.account import Account
 from lightning_ray.trajectories.episode import Episode
-from lightning_ray.types import Dataset, EnqueueRolloutRequest, RolloutMode
+from lightning_ray.types import Dataset, EnqueueRolloutRequest, ProxyLLM, RolloutMode
 
-ONLY = "policy"
-"""Name of the policy where there is one alone."""
 RESOURCES = {"sampled": {"temperature": 1.0, **NEUTRAL}, "greedy": {"temperature": 0.0, **NEUTRAL}}
 """Resources by id: the policy, sampled from as it is, and its most likely tokens."""
 
@@ -100,17 +101,23 @@ class Run:
         if self._resume:
             self.state = RunState.of(self.folder.read_state())
             self.folder.truncate_metrics(self.state.step)
-        model = await self._model(settings)
-        self.policies = {ONLY: TrainedPolicy(self.cluster, settings, self.state.policy(ONLY), self.reporter.note)}
-        with self.reporter.stage("engine and trainer up"):
-            endpoint = await self.policy.start(model)
+        trained, frozen = settings.trained(), settings.frozen()
+        models = await self._models({**trained, **frozen})
+        self.policies = {
+            name: TrainedPolicy(self.cluster, own, self.state.policy(name), self.reporter.note, name)
+            for name, own in trained.items()
+        }
+        with self.reporter.stage("engine and trainer up" if len(models) == 1 else "engines and trainers up"):
+            starting = [policy.start(models[name]) for name, policy in self.policies.items()]
+            starting += [self._serve(name, own, models[name]) for name, own in frozen.items()]
+            endpoints = dict(zip(models, await together(*starting), strict=True))
             relayed = await self.cluster.start_relay()
-        for name, sampling in RESOURCES.items():
-            resource = endpoint.model_copy(update={"sampling_parameters": sampling})
-            await self.store.update_resources(name, {"main_llm": resource, **relayed})
+        await self._publish_resources(endpoints, relayed)
         with self.reporter.stage("first weights proved"):
-            await self.policy.connect(self.folder.latest_checkpoint() if self._resume else None)
-            self.policy.watch()
+            latest = self.folder.latest_checkpoint() if self._resume else None
+            await together(*(policy.connect(latest) for policy in self.policies.values()))
+            for policy in self.policies.values():
+                policy.watch()
             self.cluster.start_runners(self.agent, self._runners, self._hooks)
             self._queue_watch = asyncio.create_task(watch_queue(self.folder.path.name, self.store, self._lives))
         if not self._resume:
@@ -130,15 +137,35 @@ class Run:
         self._rollouts = RunRollouts(self.store, self.cluster.failure, *limits)
         await self._rollouts.cancel_leftovers()
 
-    async def _model(self, settings: WeightAlgorithm) -> Path:
-        """The initial model; after a resume too, as old checkpoints go and a restarting replica loads it again."""
-        if not callable(settings.model):
-            return Path(settings.model)
-        folder = self.folder.path / "model"
-        if not self._resume:
-            with self.reporter.stage("warm start") as stage, as_current(stage):
-                await in_thread(settings.model, folder)
-        return folder
+    async def _models(self, policies: Mapping[str, WeightAlgorithm]) -> dict[str, Path]:
+        """The initial models by policy; after a resume too, as old checkpoints go and a restarting replica loads them
+        again. A function makes one model, for all policies that name it.
+        """
+        found: dict[str, Path] = {}
+        made: dict[int, Path] = {}
+        for name, own in policies.items():
+            model = own.model
+            if callable(model) and id(model) not in made:
+                made[id(model)] = self.folder.model_of(name)
+                if not self._resume:
+                    with self.reporter.stage("warm start") as stage, as_current(stage):
+                        await in_thread(model, made[id(model)])
+            found[name] = made[id(model)] if callable(model) else Path(str(model))
+        return found
+
+    async def _serve(self, name: str, own: WeightAlgorithm, model: Path) -> ProxyLLM:
+        """Serve a model that is not trained, under the weights of its folder."""
+        loaded = loaded_from(model, 0, own.engine.logprob_tolerance)
+        return await self.cluster.start_policy(model, own.model_name, own.engine, loaded, name)
+
+    async def _publish_resources(self, endpoints: Mapping[str, ProxyLLM], relayed: Mapping[str, ProxyLLM]) -> None:
+        """What agents get: the policies by name, the only one as ``main_llm``, and what is relayed."""
+        for resources_id, sampling in RESOURCES.items():
+            own = {
+                "main_llm" if name == ONLY else name: endpoint.model_copy(update={"sampling_parameters": sampling})
+                for name, endpoint in endpoints.items()
+            }
+            await self.store.update_resources(resources_id, {**own, **relayed})
 
     async def restart_trainers(self, reason: str) -> None:
         """Start the trainer ranks anew from the last checkpoint, or from the initial model, and publish its weights
@@ -146,7 +173,8 @@ class Run:
         """
         before = self.state
         self.reporter.note(f"the trainer ranks are started anew: {reason}")
-        self.cluster.trainers.stop()
+        for policy in self.policies.values():
+            policy.trainers.stop()
         latest = self.folder.latest_checkpoint()
         if latest is not None:
             self.state = RunState.of(self.folder.read_state())
@@ -154,8 +182,8 @@ class Run:
             self.state = RunState(evaluations=before.evaluations, seconds_to_first_step=before.seconds_to_first_step)
         self.state.trainer_restarts = before.trainer_restarts + 1
         self.folder.truncate_metrics(self.state.step)
-        for name, policy in self.policies.items():
-            await policy.restart(latest, self.state.policy(name))
+        states = self.state.policy
+        await together(*(policy.restart(latest, states(name)) for name, policy in self.policies.items()))
         self.reporter.start_steps(self.state.step, self._settings.steps)
 
     # Rollouts
@@ -178,8 +206,9 @@ class Run:
         self, task: Any, mode: RolloutMode, resources_id: str, metadata: dict[str, Any]
     ) -> EnqueueRolloutRequest:
         """What queues one rollout of a task, under the run's limits and an id of its own."""
-        known = {**metadata, "weight_version": self.state.version}
-        return self._rollouts.request(task, mode, resources_id, known)
+        versions = {name: policy.version for name, policy in self.policies.items()}
+        known = {"weight_versions": versions} if self._several else {"weight_version": self.policy.version}
+        return self._rollouts.request(task, mode, resources_id, {**metadata, **known})
 
     async def _play(self, requests: Sequence[EnqueueRolloutRequest]) -> list[Episode]:
         queued = await self.store.enqueue_many_rollouts(requests)
@@ -194,10 +223,26 @@ class Run:
         await self._rollouts.wait_for(rollout_ids)
 
     async def read(self, rollout_ids: Sequence[str]) -> list[Episode]:
-        """The episodes of rollouts that have ended, in the order of their ids."""
+        """The episodes of rollouts that have ended, in the order of their ids; of several policies with all calls."""
         ended = await self._rollouts.read(rollout_ids)
         self._agents |= ended.agents()
         return ended.episodes(self._settings.agent_match)
+
+    async def read_shares(self, rollout_ids: Sequence[str]) -> dict[str, list[Episode]]:
+        """The episodes of rollouts that have ended as each policy under training has them: with its own calls alone,
+        and its own reward.
+        """
+        ended = await self._rollouts.read(rollout_ids)
+        self._agents |= ended.agents()
+        return {
+            name: ended.episodes(policy.settings.agent_match, name if self._several else None)
+            for name, policy in self.policies.items()
+        }
+
+    @property
+    def _several(self) -> bool:
+        """Whether policies go by names."""
+        return list(self.policies) != [ONLY]
 
     # Learning
 
@@ -213,21 +258,24 @@ class Run:
         """Swap the weights of the only policy on every replica, and prove it."""
         await self.policy.publish(version)
 
-    def record_step(
-        self, step: int, played: Sequence[Episode], account: Account, update: dict[str, Any], times: StepTimes
-    ) -> None:
-        """Account for a step and show it."""
+    def record_step(self, step: int, played: Played, updates: Mapping[str, dict[str, Any]], times: StepTimes) -> None:
+        """Account for a step and show it. ``updates`` has the figures of the policies that were trained."""
         state = self.state
-        refuse_total_failure(played)
+        refuse_total_failure(played.episodes)
         state.step = step + 1
-        state.rollouts += len(played)
+        state.rollouts += len(played.episodes)
         state.step_seconds.append(times.whole)
-        self.policy.count(played, account, update)
-        swap = self.policy.swapper.last if update else None
+        figures: dict[str, dict[str, Any]] = {}
+        for name, policy in self.policies.items():
+            share, update = played.shares[name], updates.get(name, {})
+            policy.count(share.episodes, share.account, update)
+            swap = policy.swapper.last if update else None
+            own = policy_figures(share.episodes, share.account, update, swap, times)
+            figures[name] = {**own, "weight_version": policy.version}
         row = {
-            **step_figures(step, played, account, update, swap, times, self._agents),
+            **step_figures(step, played.episodes, times, self._agents),
+            **(by_policy(figures) if self._several else figures[ONLY]),
             "validation": self._validation,
-            "weight_version": state.version,
             "trainer_restarts": state.trainer_restarts,
         }
         self._agents.clear()
@@ -236,11 +284,13 @@ class Run:
 
     # Validation
 
-    async def validate(self) -> None:
-        """Greedy pass over val_dataset."""
-        if "val" in self.datasets:
-            figures = await self._evaluate("val", "greedy")
-            self._validation = figures.reward
+    async def validate(self) -> Evaluation | None:
+        """Greedy pass over val_dataset; its figures, None without one."""
+        if "val" not in self.datasets:
+            return None
+        figures = await self._evaluate("val", "greedy")
+        self._validation = figures.reward
+        return figures
 
     async def _evaluate_all(self, moment: str) -> None:
         for split in ("val", "test"):
@@ -277,7 +327,8 @@ class Run:
     async def checkpoint(self) -> None:
         """Save model, optimizer and run state, atomically."""
         writing = self.folder.begin_checkpoint(self.state.step)
-        await self.policy.save(writing)
+        for policy in self.policies.values():
+            await policy.save(writing)
         self.state.seconds = self.elapsed()
         self.folder.commit_checkpoint(writing, self.state.step, asdict(self.state))
 

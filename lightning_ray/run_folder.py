@@ -2,6 +2,7 @@
 
 config.json      the resolved settings            metrics.jsonl    one line for each step and validation
 tensorboard/     the same as curves               reward.png       the curve to look at first
+training.png     the training; of several policies training.NAME.png
 steps.jsonl      the rollouts of each step
 checkpoints/     step-000030/ in Hugging Face format, with the state of the training; ``latest`` names the last
 store/           every span and rollout           summary.json     the figures at the end
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_ray.errors import ConfigError
+from lightning_ray.run_state import ONLY
 
 README = """# Run {name}
 
@@ -90,6 +92,10 @@ class RunFolder:
         folder = self.checkpoints / pointer.read_text().strip()
         return folder if folder.is_dir() else None
 
+    def model_of(self, policy: str) -> Path:
+        """Where a model that the run makes for a policy goes."""
+        return self.path / "model" if policy == ONLY else self.path / "models" / policy
+
     def begin_checkpoint(self, step: int) -> Path:
         """A fresh folder to write the checkpoint after ``step`` steps into."""
         folder = self.checkpoints / f".writing-{step:06d}"
@@ -147,16 +153,21 @@ class RunFolder:
         return [json.loads(line) for line in lines]
 
     def plot(self) -> None:
-        """Draw reward.png and training.png."""
+        """Draw reward.png and training.png, of several policies training.NAME.png each."""
         from lightning_ray.plots import plot_reward, plot_training
+        from lightning_ray.policy_rows import policies_in, rows_of
 
         rows = self.metrics()
         plot_reward(rows, self.path / "reward.png", self.path.name)
-        plot_training(rows, self.path / "training.png", self.path.name)
+        if not (policies := policies_in(rows)):
+            plot_training(rows, self.path / "training.png", self.path.name)
+        for policy in policies:
+            picture = self.path / f"training.{policy}.png"
+            plot_training(rows_of(rows, policy), picture, f"{self.path.name}, {policy}")
 
     def plot_interrupted(self) -> None:
         """Draw what a run that did not finish has, if a step was made since it was last drawn."""
-        metrics, picture = self.path / METRICS, self.path / "training.png"
+        metrics, picture = self.path / METRICS, self.path / "reward.png"
         drawn = picture.stat().st_mtime_ns if picture.exists() else 0
         steps = metrics.exists() and any(row["kind"] == "train" for row in self.metrics())
         if steps and metrics.stat().st_mtime_ns > drawn:

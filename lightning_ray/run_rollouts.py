@@ -39,9 +39,9 @@ class Ended:
     attempts: dict[str, str]
     """The attempt that counts for each rollout."""
 
-    def episodes(self, agent_match: str | None = None) -> list[Episode]:
+    def episodes(self, agent_match: str | None = None, policy: str | None = None) -> list[Episode]:
         """In their order; see ``read_episodes``."""
-        return read_episodes(self.rollouts, self.spans, self.attempts, agent_match)
+        return read_episodes(self.rollouts, self.spans, self.attempts, agent_match, policy)
 
     def agents(self) -> dict[str, set[str]]:
         """By rollout, the agents that took part."""

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+ONLY = "policy"
+"""Name of the policy where there is one alone."""
+
 
 @dataclass
 class PolicyState:

@@ -36,58 +36,63 @@ class StepTimes:
 
 
 def step_figures(
-    step: int,
-    episodes: Sequence[Episode],
-    account: Account,
-    update: Mapping[str, Any],
-    swap: Swap | None,
-    times: StepTimes,
-    agents: Mapping[str, Collection[str]],
+    step: int, episodes: Sequence[Episode], times: StepTimes, agents: Mapping[str, Collection[str]]
 ) -> dict[str, Any]:
-    """The row of a step, as it is in metrics.jsonl. ``agents`` names, by rollout, those that took part in it."""
-    sampled = sum(episode.sampled_tokens for episode in episodes)
+    """What of a step's row in metrics.jsonl is no policy's own. ``agents`` names, by rollout, those that took part."""
+    calls = [episode.calls for episode in episodes]
     return {
         "kind": "train",
         "step": step,
-        **reward_figures(episodes, agents),
-        **rollout_figures(episodes, account),
-        **length_figures(episodes),
+        **reward_figures({episode.rollout_id: episode.outcome for episode in episodes}, agents),
+        "turns": mean(calls),
+        "turns_max": max(calls, default=None),
+        "rollouts": len(episodes),
         "seconds": times.whole,
         "sample_seconds": times.playing,
+        **time_figures(times.phases),
+    }
+
+
+def policy_figures(
+    episodes: Sequence[Episode], account: Account, update: Mapping[str, Any], swap: Swap | None, times: StepTimes
+) -> dict[str, Any]:
+    """What is a policy's own: its reward, its calls in the episodes, and what it was trained on."""
+    sampled = sum(episode.sampled_tokens for episode in episodes)
+    return {
+        **reward_figures({episode.rollout_id: episode.reward for episode in episodes}),
+        **rollout_figures(episodes, account),
+        **length_figures(episodes),
         "sampled_tokens": sampled,
         "sampled_tokens_per_s": sampled / times.playing if times.playing > 0 else 0.0,
         "trained_tokens_per_s": update["trained_tokens"] / update["seconds"] if update else 0.0,
         **swap_figures(swap),
-        **time_figures(times.phases),
         **{f"update.{name}": value for name, value in update.items()},
     }
 
 
-def reward_figures(episodes: Sequence[Episode], agents: Mapping[str, Collection[str]]) -> dict[str, float | None]:
-    """Mean and standard deviation over the rollouts with a finite reward, and where several agents are named
+def reward_figures(
+    found: Mapping[str, float | None], agents: Mapping[str, Collection[str]] | None = None
+) -> dict[str, float | None]:
+    """Mean and standard deviation over the rollouts (by id) with a finite reward, and where several agents are named
     ``reward_by_agent.NAME``: the mean over the rollouts in which that agent took part.
     """
-    rewards = {e.rollout_id: e.reward for e in episodes if e.reward is not None and math.isfinite(e.reward)}
-    found: dict[str, float | None] = {
+    rewards = {name: reward for name, reward in found.items() if reward is not None and math.isfinite(reward)}
+    figures: dict[str, float | None] = {
         "reward": statistics.fmean(rewards.values()) if rewards else None,
         "reward_std": statistics.pstdev(rewards.values()) if rewards else None,
     }
     by_agent: dict[str, list[float]] = defaultdict(list)
     for rollout_id, reward in rewards.items():
-        for name in agents.get(rollout_id, ()):
+        for name in (agents or {}).get(rollout_id, ()):
             by_agent[name].append(reward)
     if len(by_agent) > 1:
-        found |= {f"reward_by_agent.{name}": statistics.fmean(by_agent[name]) for name in sorted(by_agent)}
-    return found
+        figures |= {f"reward_by_agent.{name}": statistics.fmean(by_agent[name]) for name in sorted(by_agent)}
+    return figures
 
 
 def rollout_figures(episodes: Sequence[Episode], account: Account) -> dict[str, float | None]:
-    """Counts of rollouts, those dropped by reason, and of rows; turns are model calls of a rollout."""
-    calls = [episode.calls for episode in episodes]
+    """Counts of rollouts, those dropped by reason, and of rows."""
     return {
-        "turns": mean(calls),
-        "turns_max": max(calls, default=None),
-        "rollouts": len(episodes),
         "rollouts_trained": len(account.trained),
         **{f"dropped.{reason}": count for reason, count in account.drops_by_reason().items()},
         **account.figures(),

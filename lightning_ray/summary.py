@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from lightning_ray.phases import shares
-from lightning_ray.run_state import RunState
+from lightning_ray.run_state import ONLY, PolicyState, RunState
 
 MOMENTS = ("before", "after")
 
@@ -20,6 +21,9 @@ def summarize(
     ``rows`` are those of metrics.jsonl.
     """
     policies = state.policies.values()
+    several = {
+        name: policy_summary(policy) for name, policy in state.policies.items() if list(state.policies) != [ONLY]
+    }
     return {
         "seconds_total": round(seconds, 1),
         "seconds_to_first_step": state.seconds_to_first_step and round(state.seconds_to_first_step, 1),
@@ -40,7 +44,14 @@ def summarize(
         "tokens_sampled": state.total("tokens_sampled"),
         "tokens_trained": state.total("tokens_trained"),
         "peak_memory_gb": round(peak_memory / 1e9, 2),
+        **({"policies": several} if several else {}),
     }
+
+
+def policy_summary(state: PolicyState) -> dict[str, Any]:
+    """What is one policy's own; what the run counts is the sum over policies then."""
+    counters = {name: value for name, value in asdict(state).items() if name != "swap_ms"}
+    return {**counters, "swap_ms_median": median(state.swap_ms)}
 
 
 def median(values: list[float]) -> float | None:

@@ -20,7 +20,7 @@ from lightning_ray.algorithms.weights import WeightAlgorithm
 from lightning_ray.cluster import Cluster, together
 from lightning_ray.errors import SwapError
 from lightning_ray.policy.swap import PolicySwapper
-from lightning_ray.run_state import PolicyState
+from lightning_ray.run_state import ONLY, PolicyState
 from lightning_ray.trajectories.account import Account
 from lightning_ray.trajectories.episode import Episode
 from lightning_ray.types import ProxyLLM
@@ -31,7 +31,15 @@ WATCH_SECONDS = 5.0
 class TrainedPolicy:
     """See the module. ``settings`` are the algorithm's for this policy; ``note`` shows a line to a person."""
 
-    def __init__(self, cluster: Cluster, settings: WeightAlgorithm, state: PolicyState, note: Callable[[str], None]):
+    def __init__(
+        self,
+        cluster: Cluster,
+        settings: WeightAlgorithm,
+        state: PolicyState,
+        note: Callable[[str], None],
+        name: str = ONLY,
+    ):
+        self.name = name
         self.settings = settings
         self.state = state
         self.proved = list(range(state.version))
@@ -39,16 +47,23 @@ class TrainedPolicy:
         self.model: Path
         """The initial model, which a restarting replica loads too."""
         self.swapper: PolicySwapper
+        self.trainers: Any = None
         self._cluster = cluster
         self._note = note
         self._watch: asyncio.Task[None] | None = None
+
+    @property
+    def version(self) -> int:
+        """Of its weights."""
+        return self.state.version
 
     # Starting and ending
 
     async def start(self, model: Path) -> ProxyLLM:
         """Bring up the deployment and the trainer ranks; returns the endpoint that agents use."""
         self.model = model
-        deploying = self._cluster.start_policy(model, self.settings.model_name, self.settings.engine)
+        settings = self.settings
+        deploying = self._cluster.start_policy(model, settings.model_name, settings.engine, name=self.name)
         endpoint, _ = await together(deploying, self._start_trainers())
         return endpoint
 
@@ -80,12 +95,13 @@ class TrainedPolicy:
     async def _start_trainers(self) -> None:
         settings = self.settings
         transfer = settings.engine.chosen_transfer
-        await self._cluster.start_trainers(settings.update_settings(self.model), settings.ranks, transfer)
+        update = settings.update_settings(self.model)
+        self.trainers = await self._cluster.start_trainers(update, settings.ranks, transfer, self.name)
 
     async def _connect(self, checkpoint: Path | None) -> None:
         if checkpoint is not None:
-            await self._cluster.trainers.load(str(checkpoint))
-        self.swapper = await self._cluster.connect(self.settings.engine)
+            await self.trainers.load(str(self.part(checkpoint)))
+        self.swapper = await self._cluster.connect(self.settings.engine, self.name)
 
     async def _watch_replicas(self) -> None:
         while True:
@@ -104,7 +120,7 @@ class TrainedPolicy:
     async def update(self, batch: pa.Table) -> dict[str, Any]:
         """One policy update on the trainer ranks; returns its figures, with ``seconds``."""
         began = time.perf_counter()
-        figures = await self._cluster.trainers.update(batch, self.state.version)
+        figures = await self.trainers.update(batch, self.state.version)
         return {**figures, "seconds": time.perf_counter() - began}
 
     async def publish(self, version: int) -> None:
@@ -124,14 +140,24 @@ class TrainedPolicy:
         state.max_logprob_diff = max(state.max_logprob_diff, swap.max_logprob_diff)
         state.swap_ms.append(swap.seconds * 1e3)
 
-    async def save(self, folder: Path) -> None:
-        """Write weights and optimizer into a folder."""
-        await self._cluster.trainers.save(str(folder))
+    async def save(self, checkpoint: Path) -> None:
+        """Write weights and optimizer into the policy's part of a checkpoint."""
+        await self.trainers.save(str(self.part(checkpoint)))
 
-    # Counting
+    def part(self, checkpoint: Path) -> Path:
+        """Its folder of a checkpoint's: a folder in it, where there are several policies."""
+        return checkpoint if self.name == ONLY else checkpoint / self.name
 
-    def check_tokens(self, account: Account, max_staleness: int) -> None:
+    # Settling and counting
+
+    def settle(self, episodes: Sequence[Episode], group_of: dict[str, str]) -> Account:
+        """Which rollouts are trained on now, with which rows and reward."""
+        return self.settings.settle(episodes, group_of, self.version - self.settings.max_staleness)
+
+    def check_tokens(self, account: Account, max_staleness: int | None = None) -> None:
         """Count what must not be among the trained tokens: any of an unproved version, or older than the bound."""
+        if max_staleness is None:
+            max_staleness = self.settings.max_staleness
         for episode in account.trained:
             for trajectory in episode.trajectories:
                 versions = trajectory.weight_versions[trajectory.mask == 1]

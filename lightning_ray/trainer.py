@@ -251,7 +251,7 @@ class Trainer:
         run = Run(
             folder,
             Reporter(),
-            Cluster(self.address, relays=self.relays),
+            Cluster(self.address, relays=self.algorithm.relays(self.relays)),
             agent,
             datasets,
             self.runner_settings(),

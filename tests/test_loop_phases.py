@@ -11,8 +11,9 @@ from lightning_ray.algorithms.flow import Group
 from lightning_ray.algorithms.grpo import GRPO
 from lightning_ray.algorithms.loop import TrainingLoop
 from lightning_ray.phases import PhaseClock
-from lightning_ray.run_state import RunState
+from lightning_ray.run_state import ONLY, RunState
 from lightning_ray.step_figures import StepTimes
+from lightning_ray.trajectories.account import Account, settle
 from lightning_ray.trajectories.episode import Episode
 from tests.test_step_figures import Time, episode
 
@@ -37,22 +38,28 @@ class PassingFlow:
 
 
 class PassingRun:
-    """Each thing it does takes its own time. It is its folder, too."""
+    """Each thing it does takes its own time. It is its folder and its policy, too."""
 
     def __init__(self, time: Time, rewards: tuple[float, float]) -> None:
         self.time = time
         self.rewards = rewards
         self.state = RunState()
         self.folder = self
+        self.policies = {ONLY: self}
+        self.version = 0
         self.recorded: list[tuple[dict[str, Any], StepTimes]] = []
 
-    async def read(self, rollout_ids: list[str]) -> list[Episode]:
+    async def read_shares(self, rollout_ids: list[str]) -> dict[str, list[Episode]]:
         self.time.now += 1
-        return [episode(name, reward, (3, 2)) for name, reward in zip(rollout_ids, self.rewards, strict=True)]
+        pairs = zip(rollout_ids, self.rewards, strict=True)
+        return {ONLY: [episode(name, reward, (3, 2)) for name, reward in pairs]}
+
+    def settle(self, episodes: list[Episode], group_of: dict[str, str]) -> Account:
+        return settle(episodes, group_of)
 
     def append_step(self, line: dict[str, Any]) -> None: ...
 
-    def check_tokens(self, account: Any, max_staleness: int) -> None: ...
+    def check_tokens(self, account: Any) -> None: ...
 
     async def update(self, batch: Any) -> dict[str, Any]:
         self.time.now += 2
@@ -67,8 +74,8 @@ class PassingRun:
     async def checkpoint(self) -> None:
         self.time.now += 16
 
-    def record_step(self, step: int, played: Any, account: Any, update: dict[str, Any], times: StepTimes) -> None:
-        self.recorded.append((update, times))
+    def record_step(self, step: int, played: Any, updates: dict[str, Any], times: StepTimes) -> None:
+        self.recorded.append((updates, times))
 
 
 @pytest.fixture

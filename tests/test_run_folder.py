@@ -140,7 +140,7 @@ def test_the_record_of_a_step_keeps_the_order_of_its_groups() -> None:
     from lightning_ray.algorithms.loop import Played
 
     played = Played(group_of={"b": "g2", "a": "g2", "c": "g1"}, groups=["g2", "g1"])
-    assert played.record(3, 5) == {
+    assert played.record(3, {"policy": 5}) == {
         "step": 3,
         "version": 5,
         "groups": [("g2", ["b", "a"]), ("g1", ["c"])],

@@ -15,6 +15,7 @@ from lightning_ray.step_figures import (
     StepTimes,
     agents_of,
     length_figures,
+    policy_figures,
     reward_figures,
     step_figures,
     swap_figures,
@@ -49,17 +50,16 @@ def episode(rollout_id: str, reward: float | None, *calls: tuple[int, int]) -> E
 
 
 def test_rewards_are_means_over_those_that_are_finite() -> None:
-    episodes = [episode(str(index), reward) for index, reward in enumerate((0.0, 1.0, None, NAN, INF))]
-    assert reward_figures(episodes, {}) == {"reward": 0.5, "reward_std": 0.5}
-    assert reward_figures(episodes[2:], {}) == {"reward": None, "reward_std": None}
+    assert reward_figures({"a": 0.0, "b": 1.0, "c": None, "d": NAN, "e": INF}) == {"reward": 0.5, "reward_std": 0.5}
+    assert reward_figures({"c": None, "d": NAN, "e": INF}) == {"reward": None, "reward_std": None}
 
 
 def test_an_agents_reward_is_that_of_the_rollouts_it_took_part_in() -> None:
-    episodes = [episode("a", 1.0), episode("b", 0.0), episode("c", None), episode("d", 0.5)]
+    rewards = {"a": 1.0, "b": 0.0, "c": None, "d": 0.5}
     agents = {"a": {"writer", "editor"}, "b": {"writer"}, "c": {"editor"}}
-    found = reward_figures(episodes, agents)
+    found = reward_figures(rewards, agents)
     assert (found["reward_by_agent.writer"], found["reward_by_agent.editor"]) == (0.5, 1.0)
-    assert list(reward_figures(episodes, {"a": {"writer"}, "b": {"writer"}})) == ["reward", "reward_std"]
+    assert list(reward_figures(rewards, {"a": {"writer"}, "b": {"writer"}})) == ["reward", "reward_std"]
 
 
 def test_agents_are_those_of_the_model_calls_of_the_attempt_that_counts() -> None:
@@ -133,7 +133,8 @@ def test_the_row_of_a_step_has_it_all_and_is_json() -> None:
     account = Account(trained=played[:2], dropped={"c": "no_model_call"})
     update = {"trained_tokens": 8.0, "seconds": 2.0, "entropy": 0.5, "staleness_0": 1.0}
     swap = Swap(1, 0.5, [], bytes=10**9)
-    row = step_figures(4, played, account, update, swap, StepTimes(2.0, 5.0, {"update": 2.0, "swap": 2.0}), {})
+    times = StepTimes(2.0, 5.0, {"update": 2.0, "swap": 2.0})
+    row = {**step_figures(4, played, times, {}), **policy_figures(played, account, update, swap, times)}
     expected = {
         "kind": "train",
         "step": 4,
@@ -162,7 +163,8 @@ def test_the_row_of_a_step_has_it_all_and_is_json() -> None:
 
 
 def test_a_step_without_rollouts_or_update_has_a_row_too() -> None:
-    row = step_figures(0, [], Account(), {}, None, StepTimes(0.0, 0.0), {})
+    times = StepTimes(0.0, 0.0)
+    row = {**step_figures(0, [], times, {}), **policy_figures([], Account(), {}, None, times)}
     assert (row["reward"], row["turns"], row["trajectories_per_rollout"]) == (None, None, None)
     assert (row["sampled_tokens_per_s"], row["trained_tokens_per_s"], row["swap_ms"]) == (0.0, 0.0, None)
 

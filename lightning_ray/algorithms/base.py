@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pydantic import PrivateAttr, ValidationError
@@ -18,6 +18,7 @@ from lightning_ray.errors import ConfigError, LightningRayError
 
 if TYPE_CHECKING:
     from lightning_ray.adapters.base import TraceAdapter
+    from lightning_ray.relay.settings import Upstream
     from lightning_ray.run import Run
     from lightning_ray.store.base import Store
     from lightning_ray.trainer import Trainer
@@ -104,6 +105,12 @@ class Algorithm:
     def settings(self) -> dict[str, Any]:
         """What the run's config.json keeps of it."""
         return {}
+
+    def relays(self, given: Mapping[str, Upstream]) -> dict[str, Upstream]:
+        """The endpoints that the run's relay is to reach, by the names under which agents find them: those that were
+        given, and the algorithm's own. Raises ConfigError where both have a name.
+        """
+        return dict(given)
 
     def summary(self) -> dict[str, Any]:
         """What the run's summary.json keeps of what it found, beside the counts of rollouts."""

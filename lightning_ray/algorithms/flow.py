@@ -6,7 +6,8 @@ A group holds a slot from the moment it is queued until it has been trained or d
 free slot. A group queued under version v must be trained at v + max_staleness at the latest; a step takes those that
 have ended, oldest first, as soon as what is left can all be trained in time, and waits for those without which it
 could not. Invariant: no group is trained more than ``max_staleness`` versions after it was queued, and no token is
-older than its group. With 0 the flow is strictly on-policy: a step takes all that it queued.
+older than its group. With 0 the flow is strictly on-policy: a step takes all that it queued. Whatever moves whenever
+weights do, by one, may stand for their version: the step, where there are several policies.
 
 Generation goes on while the trainer works: what is not taken is being played meanwhile, over swaps too.
 """

@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
+from lightning_ray.algorithms.policies import Policy, check_policies, policies_of, settings_of
 from lightning_ray.algorithms.presets import PresetName, with_preset
 from lightning_ray.algorithms.weights import WeightAlgorithm, check_tasks
+from lightning_ray.errors import ConfigError
 from lightning_ray.policy.settings import LearningSettings
+from lightning_ray.relay.settings import Upstream
 
 if TYPE_CHECKING:
     from lightning_ray.algorithms.source import Source
@@ -34,7 +37,12 @@ NEUTRAL = {
 
 
 class GRPO(WeightAlgorithm, LearningSettings):
-    """Settings of a GRPO run. One step plays ``prompts_per_step`` tasks ``group_size`` times each."""
+    """Settings of a GRPO run. One step plays ``prompts_per_step`` tasks ``group_size`` times each; of several policies
+    each is trained on its own calls in them.
+    """
+
+    policies: dict[str, Policy] | None = None
+    """Several policies by name, in place of ``model``; all else here is theirs where they do not say otherwise."""
 
     preset: PresetName | None = None
     """Defaults of a paper (``algorithms.presets``) for what is not given."""
@@ -49,6 +57,65 @@ class GRPO(WeightAlgorithm, LearningSettings):
     @classmethod
     def _fill_in_preset(cls, given: Any) -> Any:
         return with_preset(given, cls.model_fields) if isinstance(given, dict) else given
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_or_several(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or given.get("policies") is None:
+            return given
+        if cls is not GRPO:
+            raise ConfigError(f"algorithm.policies: {cls.__name__} trains one policy; several are lr.GRPO's")
+        for name in ("model", "model_name", "agent_match"):
+            if given.get(name) is not None:
+                raise ConfigError(
+                    f"algorithm.{name}={given[name]!r:.80} and algorithm.policies are both given: with policies, each "
+                    "has a model (and agents) of its own"
+                )
+        return {**given, "model": None, "policies": policies_of(given["policies"])}
+
+    @model_validator(mode="after")
+    def _policies_fit(self) -> GRPO:
+        if self.policies is not None:
+            check_policies(self.policies)
+        return self
+
+    def of(self, name: str) -> GRPO:
+        """The settings of one of the policies, as if it were alone. Raises ConfigError if they do not fit together."""
+        values = settings_of(name, self.policies or {}, self.given())
+        try:
+            return GRPO(**values)
+        except ConfigError as error:
+            raise ConfigError(f"policies.{name}: {error}") from None
+
+    def trained(self) -> dict[str, WeightAlgorithm]:
+        """See ``WeightAlgorithm``."""
+        if self.policies is None:
+            return super().trained()
+        return {name: self.of(name) for name, policy in self.policies.items() if policy.trainable}
+
+    def frozen(self) -> dict[str, WeightAlgorithm]:
+        """See ``WeightAlgorithm``."""
+        policies = (self.policies or {}).items()
+        return {name: self.of(name) for name, policy in policies if not policy.trainable and policy.model is not None}
+
+    def relays(self, given: Mapping[str, Upstream]) -> dict[str, Upstream]:
+        """With the policies that are served elsewhere."""
+        policies = self.policies or {}
+        if both := sorted(policies.keys() & given.keys()):
+            raise ConfigError(f"{', '.join(both)}: relays and policies both have this name; give one of them another")
+        own = {name: policy.upstream for name, policy in policies.items() if policy.upstream is not None}
+        return {**given, **own}
+
+    def settings(self) -> dict[str, Any]:
+        """The fields, and of each policy that the run serves those that hold for it."""
+        values = super().settings()
+        for name, policy in (self.policies or {}).items():
+            declared = {"trainable": policy.trainable, "agents": policy.agents}
+            if policy.upstream is None:
+                values["policies"][name] = {**declared, **self.of(name).settings()}
+            else:
+                values["policies"][name] = {**declared, "endpoint": policy.upstream.model_dump(mode="json")}
+        return values
 
     def optimizer_steps(self) -> int | None:
         """As if every rollout were trained on."""

@@ -3,7 +3,8 @@
     runners  --play-->  GroupFlow  --take-->  settle  --batch-->  trainer ranks  --swap, proof-->  replicas
        ^________________ fill (free slots) ______|________________________________________________|
 
-Or rollouts that were played before take the place of the runners' (``algorithms.source``).
+Or rollouts that were played before take the place of the runners' (``algorithms.source``). Each of several policies
+has trainer ranks and replicas of its own, which are updated, and then swapped, at the same time.
 
 A killed trainer rank costs the steps since the last checkpoint: the ranks are started anew from it, under the next
 version number, while engine and runners stay as they are.
@@ -11,8 +12,10 @@ version number, while engine and runners stay as they are.
 
 from __future__ import annotations
 
+import asyncio
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Awaitable, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lightning_ray.algorithms.source import Played
 from lightning_ray.errors import TrainersLostError
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from lightning_ray.algorithms.weights import WeightAlgorithm
     from lightning_ray.run import Run
 
+T = TypeVar("T")
 RESTARTS_IN_A_ROW = 3
 """Of the trainer ranks, without a step between them, before the run gives up."""
 
@@ -62,13 +66,13 @@ class TrainingLoop:
         began = time.perf_counter()
         with clock.phase("rollouts"):
             played = await self._source.collect(step)
-        run.folder.append_step(played.record(step, run.state.version))
+        run.folder.append_step(played.record(step, {name: policy.version for name, policy in run.policies.items()}))
         collected = time.perf_counter() - began
-        update = await self._learn_from(played)
+        updates = await self._learn_from(played)
         self._source.release(played)
         whole, phases = time.perf_counter() - began, clock.lap()
-        playing = sum(phases.values()) if settings.max_staleness else collected
-        run.record_step(step, played.episodes, played.account, update, StepTimes(playing, whole, phases))
+        playing = sum(phases.values()) if settings.pace() else collected
+        run.record_step(step, played, updates, StepTimes(playing, whole, phases))
         if settings.validate_every and (step + 1) % settings.validate_every == 0 and step + 1 < settings.steps:
             with clock.phase("validate"):
                 await run.validate()
@@ -77,17 +81,19 @@ class TrainingLoop:
                 run.state.flow = await self._source.state()
                 await run.checkpoint()
 
-    async def _learn_from(self, played: Played) -> dict[str, Any]:
-        """Update and swap, if there is something to learn from; returns the update's figures."""
-        run, clock = self._run, self._clock
-        if not played.account.trained:
+    async def _learn_from(self, played: Played) -> dict[str, dict[str, Any]]:
+        """Update and swap the policies that have something to learn from; returns the figures of their updates."""
+        clock = self._clock
+        names = [name for name, share in played.shares.items() if share.account.trained]
+        learning = [self._run.policies[name] for name in names]
+        batches = [await self._settings.scored(played.batch(name), clock) for name in names]
+        if not learning:
             return {}
-        batch = await self._settings.scored(played.batch(), clock)
         with clock.phase("update"):
-            update = await run.update(batch)
+            updates = await all_of(policy.update(batch) for policy, batch in zip(learning, batches, strict=True))
         with clock.phase("swap"):
-            await run.publish(run.state.version + 1)
-        return update
+            await all_of(policy.publish(policy.version + 1) for policy in learning)
+        return dict(zip(names, updates, strict=True))
 
     async def _recover(self, error: TrainersLostError) -> None:
         """Start the ranks anew from the last checkpoint, and go back to its step."""
@@ -95,3 +101,14 @@ class TrainingLoop:
             await self._source.stop()
             await self._run.restart_trainers(str(error))
             await self._source.begin(keep=False)  # what is on its way is of versions whose numbers are long past
+
+
+async def all_of(work: Iterable[Awaitable[T]]) -> list[T]:
+    """The results of all, once all have come to their end; then the first failure is raised, a lost rank before others:
+    nothing is left in the middle.
+    """
+    results = await asyncio.gather(*work, return_exceptions=True)
+    failures = [result for result in results if isinstance(result, BaseException)]
+    for failure in sorted(failures, key=lambda error: not isinstance(error, TrainersLostError)):
+        raise failure
+    return [result for result in results if not isinstance(result, BaseException)]

@@ -1,14 +1,14 @@
-"""Rollouts that the run's own policy plays: groups of each task, in slots, settled and where told played again."""
+"""Rollouts that the run's own policies play: groups of each task, in slots, settled and where told played again."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning_ray.algorithms.flow import Group, GroupFlow
 from lightning_ray.algorithms.group_player import GroupPlayer
-from lightning_ray.algorithms.source import Played
+from lightning_ray.algorithms.source import Played, Share
 from lightning_ray.data import Epochs
+from lightning_ray.run_state import ONLY
 
 if TYPE_CHECKING:
     from lightning_ray.algorithms.weights import WeightAlgorithm
@@ -40,34 +40,38 @@ class PlayedRollouts:
         player = GroupPlayer(run, Epochs(run.train_dataset, settings.seed), settings.group_size, seed)
         groups = [Group(**group) for group in known.get("groups", ())]
         last = begun - len(groups) + (settings.steps - run.state.step) * self._per_step
-        self._flow = GroupFlow(player, self._per_step, settings.max_staleness, begun, last)
+        self._flow = GroupFlow(player, self._per_step, settings.pace(), begun, last)
         if not keep:
-            groups = [Group(group.position, run.state.version) for group in groups]
-        await self._flow.restore(groups, run.state.version)
+            groups = [Group(group.position, run.state.step) for group in groups]
+        await self._flow.restore(groups, run.state.step)
 
     async def collect(self, step: int) -> Played:
         """A step's groups, settled. Groups that are to be played again take the slots of those that were dropped."""
-        run = self._run
-        await self._flow.fill(run.state.version)
-        played = Played()
+        await self._flow.fill(step)
+        shares = {name: Share() for name in self._run.policies}
+        group_of: dict[str, str] = {}
+        taken: list[str] = []
         wanted, tries = self._per_step, 0
         while wanted:
-            groups = await self._flow.take(wanted, run.state.version)
+            groups = await self._flow.take(wanted, step)
+            taken += [group.group_id for group in groups]
+            members = {rollout_id: group.group_id for group in groups for rollout_id in group.rollout_ids}
+            group_of |= members
             with self._clock.phase("settle"):
-                part = await self._settle(groups)
-            played.episodes += part.episodes
-            played.group_of |= part.group_of
-            played.groups += part.groups
-            played.account.add(part.account)
-            again = [group for group in groups if group.group_id in set(part.account.resample)]
+                resample = await self._settle(members, shares)
+            again = [group for group in groups if group.group_id in resample]
             tries += 1
             if not again or tries > self._max_resamples:
                 break
             self._flow.release(group.group_id for group in again)
-            await self._flow.again([group.position for group in again], run.state.version)
+            await self._flow.again([group.position for group in again], step)
             wanted = len(again)
-        run.check_tokens(played.account, self._settings.max_staleness)
-        return played
+        for name, policy in self._run.policies.items():
+            policy.check_tokens(shares[name].account)
+        first = next(iter(shares.values()))
+        if list(shares) == [ONLY]:
+            return Played(first.episodes, group_of, taken, first.account)
+        return Played(first.episodes, group_of, taken, several=shares)
 
     def release(self, played: Played) -> None:
         """Free the slots of a step's groups."""
@@ -81,8 +85,12 @@ class PlayedRollouts:
         """Cancel what is being played."""
         await self._flow.stop()
 
-    async def _settle(self, groups: Sequence[Group]) -> Played:
-        group_of = {rollout_id: group.group_id for group in groups for rollout_id in group.rollout_ids}
-        episodes = await self._run.read(list(group_of))
-        account = self._settings.settle(episodes, group_of, self._run.state.version - self._settings.max_staleness)
-        return Played(episodes, group_of, [group.group_id for group in groups], account)
+    async def _settle(self, group_of: dict[str, str], shares: dict[str, Share]) -> set[str]:
+        """Enter the groups into each policy's share; returns those that a policy wants played again."""
+        resample: set[str] = set()
+        for name, episodes in (await self._run.read_shares(list(group_of))).items():
+            account = self._run.policies[name].settle(episodes, group_of)
+            shares[name].episodes += episodes
+            shares[name].account.add(account)
+            resample.update(account.resample)
+        return resample

@@ -143,15 +143,25 @@ def with_preset(given: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str
     defaults = {name: value for name, value in preset.items() if name in fields}
     if "loss_aggregation" in given and not str(given["loss_aggregation"]).endswith("-norm"):
         defaults.pop("loss_horizon", None)
-    return _over(defaults, given)
+    return over(defaults, given)
 
 
-def _over(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def over(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The given values over others, part by part."""
     result = {**defaults, **given}
     for name in defaults.keys() & given.keys():
         value, default = given[name], defaults[name]
         if isinstance(value, BaseModel):
-            result[name] = type(value)(**_over(default, value.model_dump(exclude_unset=True)))
+            result[name] = type(value)(**over(default, value.model_dump(exclude_unset=True)))
         elif isinstance(default, Mapping) and isinstance(value, Mapping):
-            result[name] = _over(default, value)
+            result[name] = over(default, value)
     return result
+
+
+def take_out(values: dict[str, Any], names: Mapping[str, Any]) -> None:
+    """Remove what ``names`` has, part by part."""
+    for name, inner in names.items():
+        if isinstance(inner, Mapping) and isinstance(values.get(name), dict):
+            take_out(values[name], inner)
+        else:
+            values.pop(name, None)

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import pyarrow as pa
 
+from lightning_ray.run_state import ONLY
 from lightning_ray.trajectories.account import Account, batch_of
 from lightning_ray.trajectories.episode import Episode
+
+
+@dataclass
+class Share:
+    """What one of several policies has of a step: its own calls and reward of each rollout, and what became of them."""
+
+    episodes: list[Episode] = field(default_factory=list)
+    account: Account = field(default_factory=Account)
 
 
 @dataclass
@@ -21,19 +31,30 @@ class Played:
     account: Account = field(default_factory=Account)
     own: bool = True
     """Whether this run's weights sampled them, so that the versions of their tokens are this run's."""
+    several: dict[str, Share] = field(default_factory=dict)
+    """By policy, where there are several; ``episodes`` are the first's then, and ``account`` is nobody's."""
 
-    def batch(self) -> pa.Table:
-        """The rows that are trained on."""
-        table = batch_of(self.account.trained, self.group_of)
+    @property
+    def shares(self) -> dict[str, Share]:
+        """By policy, of the only one too."""
+        return self.several or {ONLY: Share(self.episodes, self.account)}
+
+    def batch(self, policy: str = ONLY) -> pa.Table:
+        """The rows that a policy is trained on."""
+        table = batch_of(self.shares[policy].account.trained, self.group_of)
         return table if self.own else table.drop_columns(["weight_versions"])
 
-    def record(self, step: int, version: int) -> dict[str, Any]:
-        """The line of steps.jsonl: what the step settled, in its order, under the weights of ``version``."""
+    def record(self, step: int, versions: Mapping[str, int]) -> dict[str, Any]:
+        """The line of steps.jsonl: what the step settled, in its order, under the weights of these versions; by policy
+        where there are several.
+        """
         groups: dict[str, list[str]] = {}
         for rollout_id, group_id in self.group_of.items():
             groups.setdefault(group_id, []).append(rollout_id)
-        trained = len(self.account.trained)
-        return {"step": step, "version": version, "groups": list(groups.items()), "trained": trained}
+        trained = {name: len(share.account.trained) for name, share in self.shares.items()}
+        if self.several:
+            return {"step": step, "versions": dict(versions), "groups": list(groups.items()), "trained": trained}
+        return {"step": step, "version": versions[ONLY], "groups": list(groups.items()), "trained": trained[ONLY]}
 
 
 class Source(Protocol):

@@ -19,6 +19,7 @@ from lightning_ray.config import EngineSettings, build
 from lightning_ray.errors import ConfigError
 from lightning_ray.policy.model_folder import check_model_folder
 from lightning_ray.policy.settings import TrainingSettings, UpdateSettings
+from lightning_ray.run_state import ONLY
 from lightning_ray.trajectories.settings import BatchSettings
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def check_expression(name: str, value: str) -> None:
 class WeightAlgorithm(AlgorithmSettings, TrainingSettings):
     """Settings of a run that trains a model."""
 
-    model: str | Path | Callable[[Path], None]
+    model: str | Path | Callable[[Path], None] | None
     """Folder with a Hugging Face model, or a function that makes one in the folder it is given."""
     model_name: str = "policy"
     """The model's name on the wire."""
@@ -89,6 +90,18 @@ class WeightAlgorithm(AlgorithmSettings, TrainingSettings):
         """The batch with what else the update needs of it."""
         return batch
 
+    def trained(self) -> dict[str, WeightAlgorithm]:
+        """The policies under training, by name: the settings of each."""
+        return {ONLY: self}
+
+    def frozen(self) -> dict[str, WeightAlgorithm]:
+        """Those that are served and not trained."""
+        return {}
+
+    def pace(self) -> int:
+        """How many steps a group of rollouts may wait to be trained: what the strictest policy allows."""
+        return min(settings.max_staleness for settings in self.trained().values())
+
     def optimizer_steps(self) -> int | None:
         """How many the run will make, if that can be told: over these the learning rate falls."""
         return None
@@ -104,17 +117,26 @@ class WeightAlgorithm(AlgorithmSettings, TrainingSettings):
         return build(UpdateSettings, values, "algorithm")
 
     def check(self, run: Run) -> None:
-        """The model, the engine's port and the memory must be there."""
+        """The models, the engine's port and the memory must be there."""
         from lightning_ray.cluster import check_memory, check_port
 
+        trained, frozen = self.trained().values(), self.frozen().values()
+        for settings in (*trained, *frozen):
+            settings.check_policy()
+        check_port(self.engine)
+        if run.cluster.owned:
+            engines = [settings.engine for settings in (*trained, *frozen)]
+            check_memory(engines, sum(settings.ranks for settings in trained))
+
+    def check_policy(self) -> None:
+        """What is of one policy alone."""
+        if self.model is None:
+            raise ConfigError("algorithm.model=None: give the folder of a model, or a function that makes one")
         if isinstance(self.model, (str, Path)):
             check_model_folder(str(self.model))
         self.update_settings(Path("model"))
         if self.agent_match is not None:
             check_expression("agent_match", self.agent_match)
-        check_port(self.engine)
-        if run.cluster.owned:
-            check_memory(self.engine, self.ranks)
 
     async def learn(self, run: Run) -> None:
         """Settle, update, swap, prove; validate and save as told."""

@@ -85,6 +85,8 @@ class CapturedRequest:
     api: str
     body: dict[str, Any]
     """As sent, images by reference."""
+    model: str | None = None
+    """The name of what serves it, where that is known; the client need not say it."""
     continues: bool = False
     """Whether the conversation has an answer of the model's already."""
     digest: str = ""
@@ -151,7 +153,7 @@ class CapturedRequest:
                 **self.row(MODEL_CALL_NAMES[self.api], ended),
                 **sequence.columns(),
                 "agent": self.caller.agent,
-                "model": self.body.get("model"),
+                "model": self.model or self.body.get("model"),
                 "attributes": {**attributes, **sequence.attributes(self.started, ended)},
             }
             for sequence in self.sequences[first:]

@@ -55,6 +55,8 @@ class Backend:
     """What ``GET /status`` answers to holders of the operator's key."""
     audience: str = POLICY
     """Whose keys open it."""
+    model: str | None = None
+    """Its name, if all that it serves is one model."""
 
 
 class CaptureEdge:
@@ -124,7 +126,7 @@ class CaptureEdge:
             return
         assert not isinstance(parsed, str)
         body, images = parsed
-        request = CapturedRequest(caller, dialect.api, body)
+        request = CapturedRequest(caller, dialect.api, body, self.backend.model)
         request.continues = dialect.continues(body)
         request.digest, request.retry = digest_of(dialect.path, raw), retry_of(scope["headers"])
         sent, superseded = self._sent.begin(request.attempt, request.digest, request.retry)

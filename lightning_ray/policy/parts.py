@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -64,7 +64,9 @@ class CorrectionSettings(Settings):
 
 
 class LoraSettings(Settings):
-    """Low-rank adapters, the only weights then trained (Hu et al., 2021, "LoRA"), through PEFT."""
+    """Low-rank adapters, the only weights then trained (Hu et al., 2021, "LoRA"), through PEFT. True stands for rank 16,
+    False for none.
+    """
 
     rank: int = Field(default=0, ge=0)
     """0 trains all weights instead."""
@@ -72,3 +74,8 @@ class LoraSettings(Settings):
     """The adapter's product is multiplied by alpha / rank."""
     target_modules: str | list[str] = "all-linear"
     """Names of modules that get an adapter, or ``all-linear``: all but embeddings and head."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _on_or_off(cls, given: Any) -> Any:
+        return {"rank": 16 if given else 0} if isinstance(given, bool) else given

@@ -137,7 +137,12 @@ def check_upstreams(upstreams: Mapping[str, Upstream]) -> None:
     for name, upstream in upstreams.items():
         if not isinstance(upstream, Upstream):
             raise ConfigError(f"relay {name!r} is {type(upstream).__name__}; give an lr.Upstream(base_url=...)")
-        if name in _RESERVED or not _NAME.fullmatch(name):
-            raise ConfigError(
-                f"relay {name!r}: a name has letters, digits, '.', '_' and '-', and is not {' or '.join(_RESERVED)}"
-            )
+        check_name("relay", name)
+
+
+def check_name(what: str, name: str) -> None:
+    """Raises ConfigError for a name that cannot be part of an address or is taken."""
+    if name in _RESERVED or not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"{what} {name!r}: a name has letters, digits, '.', '_' and '-', and is not {' or '.join(_RESERVED)}"
+        )

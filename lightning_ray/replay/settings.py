@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_ray.algorithms.grpo import GRPO
-from lightning_ray.algorithms.presets import PRESETS
+from lightning_ray.algorithms.presets import PRESETS, take_out
 from lightning_ray.config import build
 from lightning_ray.errors import ConfigError
 from lightning_ray.launch import parse_setting, put
@@ -49,7 +49,7 @@ def changed(values: Mapping[str, Any], given: Sequence[str]) -> GRPO:
         _check(key, others[key])
     if "algorithm.preset" in others:
         for preset in PRESETS.values():
-            _take_out(result, preset)
+            take_out(result, preset)
     for key, value in others.items():
         put(result, key.split(".")[1:], value)
     return build(GRPO, result, "algorithm")
@@ -68,15 +68,6 @@ def _check(key: str, value: Any) -> None:
     close = difflib.get_close_matches(key.removeprefix("algorithm."), CHANGEABLE, n=1)
     hint = f"did you mean 'algorithm.{close[0]}'?" if close else f"known: algorithm. and {', '.join(CHANGEABLE)}"
     raise ConfigError(f"--set {key}={value!r}: there is no such setting; {hint}")
-
-
-def _take_out(values: dict[str, Any], names: Mapping[str, Any]) -> None:
-    """Remove what ``names`` has, part by part."""
-    for name, inner in names.items():
-        if isinstance(inner, Mapping) and isinstance(values.get(name), dict):
-            _take_out(values[name], inner)
-        else:
-            values.pop(name, None)
 
 
 def model_folder(run: Path, settings: GRPO, given: Path | None = None) -> Path:

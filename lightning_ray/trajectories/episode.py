@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,8 +16,8 @@ from lightning_ray.semconv import AGL_ANNOTATION, IMAGE_SPAN, REWARD, SUPERSEDED
 from lightning_ray.span import Span
 from lightning_ray.store.schema import read_spans
 from lightning_ray.trajectories.join import ModelCall, Trajectory, join_calls
-from lightning_ray.trajectories.rewards import Emitted, emitted_reward, value_of
-from lightning_ray.trajectories.selection import answered, captured_calls, of_agents, rows_where
+from lightning_ray.trajectories.rewards import Emitted, emitted_reward, final_reward, value_of
+from lightning_ray.trajectories.selection import answered, captured_calls, of_agents, of_policy, rows_where
 from lightning_ray.trajectories.steps import Place
 from lightning_ray.types import Attempt, Rollout
 
@@ -43,26 +44,39 @@ class Episode:
     """Span ids of the calls in the trajectories, by their numbers."""
     places: list[Place] = field(default_factory=list, repr=False)
     """Of its spans in the trace."""
+    own_weights: dict[str, float] | None = None
+    """Dimensions of the reward that are the policy's own, if the rollout emitted any: ``reward`` is their sum."""
 
     @property
     def rollout_id(self) -> str:
         """Id of the rollout."""
         return self.rollout.rollout_id
 
+    @property
+    def outcome(self) -> float | None:
+        """The rollout's reward, whatever of it is one policy's own."""
+        return self.reward if self.own_weights is None else final_reward(self.rewards, None)
+
 
 def read_episodes(
-    rollouts: Sequence[Rollout], spans: pa.Table, attempts: dict[str, str], agent_match: str | None = None
+    rollouts: Sequence[Rollout],
+    spans: pa.Table,
+    attempts: dict[str, str],
+    agent_match: str | None = None,
+    policy: str | None = None,
 ) -> list[Episode]:
     """Episodes of finished rollouts, in their order; ``attempts`` names the attempt that counts for each rollout.
 
-    With ``agent_match``, only calls of agents in whose name it is found make trajectories.
+    With ``agent_match``, only calls of agents in whose name it is found make trajectories. With ``policy``, only calls
+    that the policy of this name answered, and dimensions of the reward that have its name, or that of an agent of its
+    own, are its reward.
     """
     episodes = {rollout.rollout_id: Episode(rollout) for rollout in rollouts}
     counted = rows_where(spans, pc.is_in(spans["attempt_id"], pa.array(list(attempts.values()), pa.string())))
     calls = answered(captured_calls(counted))
     for rollout_id, times in Counter(calls["rollout_id"].to_pylist()).items():
         episodes[rollout_id].calls = times
-    chosen = of_agents(calls, agent_match)
+    chosen = of_agents(of_policy(calls, policy), agent_match)
     for rollout_id, made in calls_of(chosen).items():
         episode = episodes[rollout_id]
         episode.trajectories = join_calls(made)
@@ -74,7 +88,19 @@ def read_episodes(
             episodes[rollout_id].places.append(Place(*place))
     for span in read_spans(counted.filter(pc.equal(counted["name"], AGL_ANNOTATION))):
         _annotate(episodes[span.rollout_id], span)
+    if policy is not None:
+        for episode in episodes.values():
+            _take_own_reward(episode, policy, agent_match)
     return list(episodes.values())
+
+
+def _take_own_reward(episode: Episode, policy: str, agent_match: str | None) -> None:
+    """Have the dimensions that are the policy's own as its reward, if there are any."""
+    names = {name for emitted in episode.rewards for name in emitted.values}
+    own = {name for name in names if name == policy or (agent_match is not None and re.search(agent_match, name))}
+    if own:
+        episode.own_weights = dict.fromkeys(sorted(own), 1.0)
+        episode.reward = final_reward(episode.rewards, episode.own_weights)
 
 
 def _rows(table: pa.Table, *columns: str) -> Iterable[tuple[Any, ...]]:

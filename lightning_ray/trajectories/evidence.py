@@ -13,7 +13,7 @@ from lightning_ray.semconv import AGL_EXCEPTION, MODEL_CALL_NAMES
 from lightning_ray.store.schema import read_spans
 from lightning_ray.trajectories.episode import calls_of
 from lightning_ray.trajectories.join import ModelCall
-from lightning_ray.trajectories.selection import answered, captured_calls, of_agents
+from lightning_ray.trajectories.selection import answered, captured_calls, of_agents, of_policy
 from lightning_ray.types import Attempt
 
 _CALL_NAMES = pa.array([*MODEL_CALL_NAMES.values()])
@@ -37,10 +37,12 @@ class Evidence:
     """The attempts before it."""
 
 
-def evidence_of(spans: pa.Table, attempts: Mapping[str, str], agent_match: str | None = None) -> dict[str, Evidence]:
-    """The evidence for each rollout with spans, from the attempt that counts, and the agents to train."""
+def evidence_of(
+    spans: pa.Table, attempts: Mapping[str, str], agent_match: str | None = None, policy: str | None = None
+) -> dict[str, Evidence]:
+    """The evidence for each rollout with spans, from the attempt that counts, of the policy and the agents to train."""
     counted = spans.filter(pc.is_in(spans["attempt_id"], pa.array(list(attempts.values()), pa.string())))
-    captured = of_agents(captured_calls(counted), agent_match)
+    captured = of_agents(of_policy(captured_calls(counted), policy), agent_match)
     ended = answered(captured)
     calls = calls_of(ended)
     finishes: defaultdict[str, list[str | None]] = defaultdict(list)

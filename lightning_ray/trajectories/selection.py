@@ -1,4 +1,4 @@
-"""Which model calls of a table of spans count: answered in full, not sent again, and by the agents to train."""
+"""Which model calls of a table of spans count: answered in full, not sent again, of the policy and agents to train."""
 
 from __future__ import annotations
 
@@ -27,6 +27,11 @@ def captured_calls(spans: pa.Table) -> pa.Table:
 def answered(calls: pa.Table) -> pa.Table:
     """Those that came to their end: nothing the agent did follows from a call that was broken off."""
     return rows_where(calls, pc.equal(calls["status"], "OK"))
+
+
+def of_policy(calls: pa.Table, policy: str | None) -> pa.Table:
+    """Those that the policy of this name answered; all without one."""
+    return calls if policy is None else rows_where(calls, pc.fill_null(pc.equal(calls["model"], policy), False))
 
 
 def of_agents(calls: pa.Table, agent_match: str | None) -> pa.Table:

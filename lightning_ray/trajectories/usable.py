@@ -119,7 +119,8 @@ def _oldest(rows: list[Trajectory]) -> int:
 def _steps(episode: Episode, settings: BatchSettings) -> dict[str, float]:
     """Rewards by span id, of the calls that sampled: only they have a token for it."""
     calls = {episode.call_ids[turn.call] for row in episode.trajectories for turn in row.turns if turn.end > turn.start}
-    return step_rewards(episode.places, episode.rewards, calls, settings.reward_match, settings.reward_weights)
+    weights = settings.reward_weights or episode.own_weights
+    return step_rewards(episode.places, episode.rewards, calls, settings.reward_match, weights)
 
 
 def _with_steps(

@@ -1,0 +1,153 @@
+"""Three policies in one run, one trained whole, one by LoRA, one frozen: each learns from its own calls and reward.
+
+Real Ray, Serve, vLLM and FSDP2: three engines and two trainer ranks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from openai import AsyncOpenAI
+from rich.console import Console
+
+import lightning_ray as lr
+from lightning_ray.algorithms.grpo import GRPO
+from lightning_ray.algorithms.loop import TrainingLoop
+from lightning_ray.cluster import Cluster
+from lightning_ray.config import EngineSettings, RunnerSettings
+from lightning_ray.policy_rows import rows_of
+from lightning_ray.progress import Reporter
+from lightning_ray.run import Run
+from lightning_ray.run_folder import RunFolder
+from lightning_ray.types import NamedResources, ProxyLLM, Rollout
+from tests.e2e.tiny import WORDS, make_tiny_model
+
+pytestmark = pytest.mark.e2e
+TAUGHT = [("writer",), ("writer",), ("checker",), ("writer", "checker"), ()]
+"""By task, the policies whose reward differs from rollout to rollout."""
+TASKS = [{"question": f"w{i} w{i + 1}", "taught": taught} for i, taught in enumerate(TAUGHT)]
+
+
+class WriteAndCheck(lr.LitAgent[dict[str, Any]]):
+    """The writer writes and titles, the checker checks, the judge says something; words with even numbers are good."""
+
+    async def rollout_async(self, task: dict[str, Any], resources: NamedResources, rollout: Rollout) -> None:
+        async def say(policy: str, agent: str, text: str) -> str:
+            llm: Any = resources[policy]
+            assert isinstance(llm, ProxyLLM)
+            headers = {"x-lightning-agent": agent}
+            async with AsyncOpenAI(base_url=llm.endpoint, api_key=llm.api_key, default_headers=headers) as client:
+                messages: Any = [{"role": "user", "content": text}]
+                answer = await client.chat.completions.create(model=llm.model, messages=messages, max_tokens=6)
+            return answer.choices[0].message.content or ""
+
+        said = {"writer": await say("writer", "write", task["question"])}
+        await say("writer", "title", task["question"])
+        said["checker"] = await say("checker", "check", f"{task['question']} {said['writer']}")
+        await say("judge", "judge", task["question"])
+        rewards = {name: share_of_even(words) if name in task["taught"] else 0.5 for name, words in said.items()}
+        lr.emit_reward({"all": sum(rewards.values()), **rewards}, primary_key="all")
+
+
+def share_of_even(text: str) -> float:
+    words = text.split()
+    return sum(word in WORDS[::2] for word in words) / max(1, len(words)) + len(words) / 100
+
+
+def make_run(path: Path) -> Run:
+    folder = RunFolder(path)
+    folder.create(resume=False)
+    runners = RunnerSettings(minimum=1, maximum=1, concurrency=32)
+    data = {"train": TASKS, "val": TASKS[:2]}
+    return Run(folder, Reporter(Console(quiet=True)), Cluster(), WriteAndCheck(), data, runners, False)
+
+
+async def digests(run: Run) -> dict[str, Any]:
+    return {
+        name: (await run.cluster.replicas_of(name)("digest"))[0]["digests"] for name in ("writer", "checker", "judge")
+    }
+
+
+async def test_each_policy_learns_from_its_own_and_what_is_frozen_stays_as_it_is(tmp_path: Path) -> None:
+    settings = GRPO(
+        steps=5,
+        prompts_per_step=1,
+        group_size=4,
+        checkpoint_every=5,
+        validate_every=0,
+        ranks=1,
+        learning_rate=1e-2,
+        warmup_steps=0,
+        engine=EngineSettings(max_model_len=128, kv_cache_memory_mb=16),
+        policies={
+            "writer": lr.Policy(model=make_tiny_model, agents="write"),
+            "checker": lr.Policy(model=make_tiny_model, lora=True, advantage="rloo"),
+            "judge": lr.Policy(model=make_tiny_model, trainable=False),
+        },
+    )
+    run = make_run(tmp_path / "three")
+    loop = TrainingLoop(settings, run)
+    before: dict[str, Any] = {}
+    start = run.start
+
+    async def start_and_look(given: Any) -> None:
+        await start(given)
+        before.update(await digests(run))
+
+    run.start = start_and_look  # type: ignore[method-assign]
+    learning = asyncio.create_task(loop.learn())
+    try:
+        await asyncio.wait_for(learning, 240)
+        after = await digests(run)
+        lines = list(run.folder.steps().values())
+        rollout_ids = [each for line in lines for _, members in line["groups"] for each in members]
+        shares = await run.read_shares(rollout_ids)
+        spans = (await run.store.scan_spans(rollout_ids)).to_pylist()
+    finally:
+        learning.cancel()
+        await run.close()
+
+    assert before["judge"] == after["judge"], "the frozen policy was changed"
+    assert before["writer"] != after["writer"], "the trained policy was not"
+
+    assert lines[0]["versions"] == {"writer": 0, "checker": 0}
+    for name, expected in (("writer", 3), ("checker", 2)):
+        assert run.state.policies[name].version == expected
+        trained = [line["trained"][name] for line in lines]
+        moved = [later["versions"][name] - line["versions"][name] for line, later in itertools.pairwise(lines)]
+        assert moved == [int(count > 0) for count in trained[:-1]], "a version moved without an update, or stood still"
+        rows = [row for row in rows_of(run.folder.metrics(), name) if row["kind"] == "train"]
+        assert [row["rollouts_trained"] for row in rows] == trained
+        assert [row.get("update.trained_tokens", 0) > 0 for row in rows] == [count > 0 for count in trained]
+
+    calls = [span for span in spans if span["prompt_ids"] is not None]
+    assert {span["model"] for span in calls} == {"writer", "checker", "judge"}
+    for name, agent in (("writer", "write"), ("checker", "check")):
+        for episode in shares[name]:
+            [row] = episode.trajectories
+            [call] = [
+                span
+                for span in calls
+                if (span["rollout_id"], span["model"], span["agent"]) == (episode.rollout_id, name, agent)
+            ]
+            assert row.token_ids.tolist() == call["prompt_ids"] + call["sampled_ids"]
+            assert np.isclose(episode.outcome or 0, sum(e.reward or 0 for e in both(shares, episode.rollout_id)))
+
+    summary = json.loads((run.folder.path / "summary.json").read_text())
+    assert summary["unproved_tokens_trained"] == summary["stale_tokens_beyond_bound"] == 0
+    assert summary["max_logprob_diff"] < 1e-4 and summary["swaps"] == summary["swaps_proved"]
+    assert set(summary["policies"]) == {"writer", "checker"}
+    latest = run.folder.latest_checkpoint()
+    assert latest is not None and (latest / "writer" / "model.safetensors").is_file()
+    assert (latest / "checker" / "adapter_config.json").is_file() and not (latest / "judge").exists()
+    assert (run.folder.path / "training.writer.png").is_file()
+
+
+def both(shares: dict[str, Any], rollout_id: str) -> list[Any]:
+    return [episode for episodes in shares.values() for episode in episodes if episode.rollout_id == rollout_id]
