@@ -26,6 +26,9 @@ AT_ONCE = 32
 SAMPLED_IDS, IDS_A_PROMPT = 512, 64
 """Ids of the vocabulary whose text is compared, and how many of them are sent at a time."""
 SHOWN = 200
+LEAST = -30.0
+"""Nats. What a teacher holds for less likely, or for impossible (vLLM says -9999), counts as this: one such token must
+not outweigh a batch."""
 
 
 class Teacher:
@@ -50,7 +53,7 @@ class Teacher:
         self._client.close()
 
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        """log p(token | tokens before it), in nats, of each sequence: float32, 0 for the first token.
+        """log p(token | tokens before it), in nats, of each sequence: float32, at least LEAST, 0 for the first token.
 
         Raises ConfigError for what the endpoint refuses, InfrastructureError if it cannot be reached or keeps failing.
         """
@@ -75,7 +78,7 @@ class Teacher:
                 f"teacher {self._upstream.base_url}: its completions have no log probability for each token of the "
                 "prompt (echo=true, logprobs=1, max_tokens=0); vLLM's server has them"
             )
-        return np.array([0.0, *told[1 : len(ids)]], np.float32)
+        return np.maximum(np.array([0.0, *told[1 : len(ids)]], np.float32), LEAST)
 
     def _ask(self, ids: Sequence[int]) -> dict[str, Any]:
         """The one choice of a completion that adds nothing to the ids."""
