@@ -23,7 +23,7 @@ from lightning_ray.store.schema import read_spans
 from lightning_ray.trajectories.episode import Episode
 from lightning_ray.trajectories.join import Trajectory
 from lightning_ray.trajectories.keeping import keep_best
-from lightning_ray.trajectories.settings import Keep
+from lightning_ray.trajectories.settings import BatchSettings, Keep
 
 Form = Literal["openai", "huggingface"]
 Decode = Callable[[Sequence[int]], str]
@@ -49,13 +49,15 @@ def export(
     agent_match: str | None = None,
     decode: Decode | None = None,
     tokens: bool = False,
+    reward_weights: dict[str, float] | None = None,
 ) -> tuple[Iterator[dict[str, Any]], Counts]:
     """The lines, and what is counted while they are taken. ``decode`` gives the text of what was sampled where no
-    client was traced that got it as a message. With ``tokens``, columns have ``token_ids`` and ``mask`` too.
+    client was traced that got it as a message. With ``tokens``, columns have ``token_ids`` and ``mask`` too. The reward
+    is the primary one, or the sum that the weights make of its dimensions.
     """
     episodes = [episode for portion in read_recorded(view) for episode in portion.episodes(agent_match)]
     group_of = {episode.rollout_id: task_of(episode.rollout) for episode in episodes}
-    account = keep_best(episodes, group_of, keep)
+    account = keep_best(episodes, group_of, keep, BatchSettings(reward_weights=reward_weights))
     counts = Counts(len(episodes), len(account.trained), account.drops_by_reason())
     kept = {episode.rollout_id: episode for episode in account.trained}
     return _lines(read_recorded(view, kept), kept, form, decode, tokens, counts), counts

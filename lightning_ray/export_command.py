@@ -40,7 +40,7 @@ def export_command(given: argparse.Namespace) -> int:
     """Run the command. Raises ConfigError and StoreError for what the user can mend."""
     from lightning_ray.algorithms.weights import check_expression
     from lightning_ray.config import build
-    from lightning_ray.doctor_command import load_decode
+    from lightning_ray.doctor_command import load_decode, read_facts
     from lightning_ray.export import export
     from lightning_ray.recorded import open_run
     from lightning_ray.spans_command import store_folder
@@ -54,7 +54,8 @@ def export_command(given: argparse.Namespace) -> int:
     store = store_folder(given.folder)
     run = store.parent if store.name == "store" else store
     decode = load_decode(run, special=False)
-    lines, counts = export(open_run(given.folder), given.format, keep, given.agent, decode, given.tokens)
+    weights = read_facts(run).batch.reward_weights
+    lines, counts = export(open_run(given.folder), given.format, keep, given.agent, decode, given.tokens, weights)
     write_lines(lines, given.output)
     left_out = "".join(f", {reason} {count}" for reason, count in sorted(counts.dropped.items()))
     print(

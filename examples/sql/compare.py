@@ -31,14 +31,14 @@ FIGURES = ("sampled", "greedy", "corrected")
 
 def grpo(model: Path, steps: int, seed: int) -> lr.Algorithm:
     """As in examples/sql/train.py."""
-    rates = {"learning_rate": 6e-4, "minibatch_rollouts": 64}
+    rates: dict[str, Any] = {"learning_rate": 6e-4, "minibatch_rollouts": 64}
     return lr.GRPO(model=model, steps=steps, prompts_per_step=PROMPTS, validate_every=4, seed=seed, **rates, **COMMON)
 
 
 def sft(model: Path, rounds: int, seed: int) -> lr.Algorithm:
     """Rounds of four times as many tasks as a step of GRPO has."""
     keep = lr.Keep(min_reward=1.0)
-    rates = {"learning_rate": 1e-3, "minibatch_rollouts": 32, "epochs": 2}
+    rates: dict[str, Any] = {"learning_rate": 1e-3, "minibatch_rollouts": 32, "epochs": 2}
     return lr.SFT(model=model, steps=rounds, prompts_per_step=4 * PROMPTS, keep=keep, seed=seed, **rates, **COMMON)
 
 
