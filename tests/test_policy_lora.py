@@ -161,6 +161,38 @@ def test_peft_reads_a_checkpoint_that_holds_the_adapter_alone(
         ranks.call("load", str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank": 8}, r"lora\.rank=4, and 8 is to be trained"),
+        ({"target_modules": ["q_proj"]}, r"lora\.target_modules=\['down_proj', 'q_proj', 'v_proj'\], and \['q_proj'\]"),
+    ],
+    ids=["rank", "modules"],
+)
+def test_another_adapter_is_refused(
+    ranks: Ranks, folder: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    ranks.build(settings(folder))
+    ranks.call("save", str(tmp_path))
+    ranks.build(settings(folder, lora=LORA | {"alpha": 8.0}))
+    ranks.call("load", str(tmp_path))
+    ranks.build(settings(folder, lora=LORA | changes))
+    with pytest.raises(ConfigError, match=message):
+        ranks.call("load", str(tmp_path))
+
+
+def test_another_model_is_refused(ranks: Ranks, folder: Path, tmp_path: Path) -> None:
+    ranks.build(settings(folder, lora={}))
+    ranks.call("save", str(tmp_path))
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"transformers_version": "0"}))
+    ranks.call("load", str(tmp_path))
+    file.write_text(json.dumps(config | {"num_hidden_layers": 28}))
+    with pytest.raises(ConfigError, match=r"holds another model than .*: num_hidden_layers 28 there, 2 here"):
+        ranks.call("load", str(tmp_path))
+
+
 def test_another_tokenizer_is_refused(ranks: Ranks, folder: Path, tmp_path: Path) -> None:
     saved = tmp_path / "saved"
     ranks.build(settings(folder, lora={}))

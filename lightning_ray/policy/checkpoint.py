@@ -17,6 +17,7 @@ from lightning_ray.errors import ConfigError
 from lightning_ray.policy.model_folder import (
     ADAPTER_CONFIG,
     STATE,
+    check_same_model,
     check_tokenizer,
     copy_description,
     read_progress,
@@ -57,21 +58,35 @@ def load(engine: PaddedEngine, settings: UpdateSettings, folder: str) -> int:
     The optimizer keeps its moments, the schedule its place; rate, betas, decay and the schedule's shape are those of
     the settings, which may have changed.
 
-    Raises ConfigError if the folder holds no such state, that of another number of ranks, another tokenizer, or an
-    adapter where whole weights are trained, or the other way round.
+    Raises ConfigError if the folder holds no such state, that of another number of ranks, another model or tokenizer,
+    another adapter, or an adapter where whole weights are trained, or the other way round.
     """
     updates = read_progress(Path(folder), dist.get_world_size())
-    adapter = (Path(folder) / ADAPTER_CONFIG).is_file()
+    check_same_model(Path(folder), Path(settings.model_path))
+    check_tokenizer(Path(folder), Path(settings.model_path))
+    _check_adapter(engine, settings, folder)
+    engine.load_checkpoint(str(Path(folder) / STATE), del_local_after_load=False)
+    engine.follow_settings()
+    return updates
+
+
+def _check_adapter(engine: PaddedEngine, settings: UpdateSettings, folder: str) -> None:
+    file = Path(folder) / ADAPTER_CONFIG
+    adapter = file.is_file()
     if adapter != (settings.lora.rank > 0):
         held, trained = ("a LoRA adapter", "whole weights") if adapter else ("whole weights", "a LoRA adapter")
         raise ConfigError(
             f"{folder} holds {held}, and lora.rank={settings.lora.rank} trains {trained}: resume with the settings it "
             "was saved under, or begin anew"
         )
-    check_tokenizer(Path(folder), Path(settings.model_path))
-    engine.load_checkpoint(str(Path(folder) / STATE), del_local_after_load=False)
-    engine.follow_settings()
-    return updates
+    if adapter:
+        held, own = json.loads(file.read_text()), _adapter_config(engine, settings)
+        for name, setting in (("r", "rank"), ("target_modules", "target_modules")):
+            if held[name] != own[name]:
+                raise ConfigError(
+                    f"{folder} holds an adapter with lora.{setting}={held[name]!r}, and {own[name]!r} is to be "
+                    "trained: resume with the settings it was saved under, or begin anew"
+                )
 
 
 def _on_rank_zero(weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -28,6 +28,8 @@ TOKENIZER = (
     "chat_template*",
 )
 """Files that decide which token ids a text or conversation becomes."""
+NOT_OF_THE_MODEL = {"_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+"""What config.json tells of a file rather than of the model."""
 
 
 def check_model_folder(path: str, setting: str = "model_path") -> Path:
@@ -89,6 +91,21 @@ def check_tokenizer(checkpoint: Path, model: Path) -> None:
                 f"({expected[:12]}): its weights would read other words. Resume with the model it began from, or put "
                 "its tokenizer's files back"
             )
+
+
+def check_same_model(checkpoint: Path, model: Path) -> None:
+    """Raise ConfigError if the checkpoint is of another model than the one given, by their config.json."""
+    held, given = (json.loads((folder / "config.json").read_text()) for folder in (checkpoint, model))
+    differing = [
+        f"{name} {held.get(name)!r} there, {given.get(name)!r} here"
+        for name in sorted((held.keys() | given.keys()) - NOT_OF_THE_MODEL)
+        if held.get(name) != given.get(name)
+    ]
+    if differing:
+        raise ConfigError(
+            f"{checkpoint} holds another model than {model}: {', '.join(differing[:3])}. Resume with the model it "
+            "began from, or begin anew"
+        )
 
 
 def copy_description(source: Path, target: Path) -> None:

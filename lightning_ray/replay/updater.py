@@ -13,7 +13,7 @@ import torch
 from torch.distributed.tensor import DTensor, Shard
 
 from lightning_ray.errors import ConfigError
-from lightning_ray.policy.model_folder import PROGRESS, STATE, check_tokenizer
+from lightning_ray.policy.model_folder import PROGRESS, STATE, check_same_model, check_tokenizer
 from lightning_ray.policy.update import PolicyUpdater
 
 
@@ -26,6 +26,7 @@ class ReplayUpdater(PolicyUpdater):
         if progress["world_size"] == 1:
             super().load(folder)
             return
+        check_same_model(Path(folder), Path(self.settings.model_path))
         check_tokenizer(Path(folder), Path(self.settings.model_path))
         shards = Shards(Path(folder) / STATE, progress["world_size"])
         self._take_weights(shards.whole("model"))
