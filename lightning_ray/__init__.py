@@ -108,6 +108,8 @@ if TYPE_CHECKING:
     from lightning_ray.algorithms.distill import Distill
     from lightning_ray.algorithms.fast import Baseline, FastAlgorithm
     from lightning_ray.algorithms.injection import with_llm_proxy, with_store
+    from lightning_ray.algorithms.own import TrainingAlgorithm
+    from lightning_ray.algorithms.session import TrainingSession
     from lightning_ray.algorithms.sft import SFT
     from lightning_ray.command_agent import CommandAgent
     from lightning_ray.dev import DevRollout
@@ -196,6 +198,8 @@ __all__ = [
     "Tracer",
     "TracerTraceToTriplet",
     "Trainer",
+    "TrainingAlgorithm",
+    "TrainingSession",
     "Triplet",
     "Upstream",
     "Worker",
@@ -254,6 +258,8 @@ _LAZY = {
     "FastAlgorithm": "lightning_ray.algorithms.fast",
     "FunctionalAlgorithm": "lightning_ray.algorithms.decorator",
     "LitAgentRunner": "lightning_ray.stepper",
+    "TrainingAlgorithm": "lightning_ray.algorithms.own",
+    "TrainingSession": "lightning_ray.algorithms.session",
     "SFT": "lightning_ray.algorithms.sft",
     "algo": "lightning_ray.algorithms.decorator",
     "compare": "lightning_ray.evaluation.comparison",

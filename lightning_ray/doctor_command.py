@@ -88,7 +88,8 @@ def read_facts(run: Path) -> Facts:
     settings = json.loads(config.read_text()).get("algorithm") or {}
     lines = [line for line in RunFolder(run).metrics() if line.get("kind") == "train"]
     settled = {
-        step: {"version": line["version"], "groups": [group_id for group_id, _ in line["groups"]]}
+        step: {name: value for name, value in line.items() if name in ("version", "advantages")}
+        | {"groups": [group_id for group_id, _ in line["groups"]]}
         for step, line in RunFolder(run).steps().items()
     }
     lines = [line | settled.get(line["step"], {}) for line in lines]

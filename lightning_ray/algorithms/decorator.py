@@ -5,10 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 from lightning_ray.algorithms.base import Algorithm
+from lightning_ray.algorithms.injection import arguments_of
 from lightning_ray.types import Dataset
+
+if TYPE_CHECKING:
+    from lightning_ray.algorithms.own import FunctionalTrainingAlgorithm
 
 
 class FunctionalAlgorithm(Algorithm):
@@ -19,7 +23,6 @@ class FunctionalAlgorithm(Algorithm):
     def __init__(self, algorithm_func: Callable[..., Any]) -> None:
         functools.update_wrapper(self, algorithm_func)
         self.function = algorithm_func
-        self._parameters = inspect.signature(algorithm_func).parameters
 
     def is_async(self) -> bool:
         """Whether the function is a coroutine function."""
@@ -32,23 +35,40 @@ class FunctionalAlgorithm(Algorithm):
         self, train_dataset: Dataset[Any] | None = None, val_dataset: Dataset[Any] | None = None
     ) -> Awaitable[None] | None:
         """Call the function. Raises TypeError for a data set that it has no parameter for."""
-        given: dict[str, Callable[[], Any]] = {
-            "store": self.get_store,
-            "adapter": self.get_adapter,
-            "llm_proxy": self.get_llm_proxy,
-            "initial_resources": self.get_initial_resources,
-        }
-        arguments = {name: get() for name, get in given.items() if name in self._parameters}
-        for name, dataset in (("train_dataset", train_dataset), ("val_dataset", val_dataset)):
-            if name in self._parameters:
-                arguments[name] = dataset
-            elif dataset is not None:
-                raise TypeError(f"algorithm {self.__name__!r} has no parameter {name!r}, and there is a {name}")
-        return self.function(**arguments)
+        return self.function(**arguments_of(self.function, self, train_dataset, val_dataset))
 
     __name__: str
 
 
-def algo(func: Callable[..., Any]) -> FunctionalAlgorithm:
-    """Make an algorithm of a function, async or not."""
-    return FunctionalAlgorithm(func)
+@overload
+def algo(func: Callable[..., Any]) -> FunctionalAlgorithm: ...
+
+
+@overload
+def algo(func: None = None, **settings: Any) -> Callable[[Callable[..., Any]], FunctionalTrainingAlgorithm]: ...
+
+
+def algo(
+    func: Callable[..., Any] | None = None, **settings: Any
+) -> FunctionalAlgorithm | Callable[[Callable[..., Any]], FunctionalTrainingAlgorithm]:
+    """Make an algorithm of a function.
+
+    ``@algo`` works over the store alone, async or not. ``@algo(model=..., steps=..., ...)`` trains weights: the
+    arguments are a TrainingAlgorithm's settings (ConfigError for bad ones), and the function, which is async, may have
+    a parameter ``session``.
+    """
+    if func is not None:
+        return FunctionalAlgorithm(func)
+
+    def decorate(function: Callable[..., Any]) -> FunctionalTrainingAlgorithm:
+        from lightning_ray.algorithms.own import FunctionalTrainingAlgorithm
+
+        class Made(FunctionalTrainingAlgorithm):
+            pass
+
+        Made.function = staticmethod(function)  # type: ignore[assignment]
+        Made.__name__ = Made.__qualname__ = function.__name__
+        Made.__doc__ = function.__doc__
+        return Made(**settings)
+
+    return decorate

@@ -38,6 +38,8 @@ class Batch:
     """Of each token: its call's reward where it is the last that the call sampled, else 0 or NaN."""
     teacher_logprobs: np.ndarray | None = None
     """Of each token, where the mask is 1: its log probability under the teacher."""
+    advantage: np.ndarray | None = None
+    """Of each rollout, where an algorithm gave it rather than leave it to the rewards."""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -84,9 +86,11 @@ def read_batch(table: pa.Table) -> Batch:
     rollout_of_row = columns["rollout_id"].dictionary_encode().indices.to_numpy()
     _, first_row = np.unique(rollout_of_row, return_index=True)
     group_of_row = columns["group_id"].dictionary_encode().indices.to_numpy()
-    reward_of_row = columns["reward"].to_numpy()
-    if (reward_of_row != reward_of_row[first_row][rollout_of_row]).any():
-        raise ValueError("rows of one rollout carry different rewards")
+    of_rollouts = {
+        name: _of_rollouts(table, name, first_row, rollout_of_row)
+        for name in ("reward", "advantage")
+        if name in table.column_names
+    }
     return Batch(
         token_ids=columns["token_ids"].flatten().to_numpy(),
         mask=mask,
@@ -94,9 +98,18 @@ def read_batch(table: pa.Table) -> Batch:
         offsets=offsets,
         row_rollout=rollout_of_row,
         group=group_of_row[first_row],
-        reward=reward_of_row[first_row],
+        **of_rollouts,
         **{name: _flat(columns[name]) for name in OPTIONAL_LISTS if name in columns},
     )
+
+
+def _of_rollouts(table: pa.Table, name: str, first_row: np.ndarray, rollout_of_row: np.ndarray) -> np.ndarray:
+    """A column with one number a rollout."""
+    of_row = table[name].combine_chunks().to_numpy()
+    if (of_row != of_row[first_row][rollout_of_row]).any():
+        raise ValueError(f"rows of one rollout carry different {name}s")
+    found: np.ndarray = of_row[first_row]
+    return found
 
 
 def _flat(column: pa.ListArray) -> np.ndarray:

@@ -81,7 +81,10 @@ def _advantages(
     if not settings.reward_weight:
         return np.zeros(len(batch.token_ids), np.float32)
     group = batch.group[rollouts]
-    if settings.credit == "step":
+    if batch.advantage is not None:
+        given = settings.model_copy(update={"advantage": "reward"})
+        matrix = outcome_advantages(given, batch.advantage[rollouts], group, tokens.mask, penalty)
+    elif settings.credit == "step":
         matrix = step_advantages(batch, tokens, group, settings.advantage_by_std)
     else:
         matrix = outcome_advantages(settings, batch.reward[rollouts], group, tokens.mask, penalty)

@@ -12,6 +12,7 @@ from lightning_ray.recorded import counting_attempts
 from lightning_ray.replay.record import StepRecord
 from lightning_ray.trajectories.account import Account, batch_of, settle
 from lightning_ray.trajectories.episode import Episode, read_episodes
+from lightning_ray.trajectories.given import settle_given, with_advantages
 from lightning_ray.trajectories.settings import BatchSettings
 from lightning_ray.types import Attempt, Rollout
 
@@ -47,7 +48,10 @@ def settle_again(
 ) -> Account:
     """The step's account under these settings. Nothing is played again that they would have resampled."""
     episodes = read_step(view, record, agent_match)
-    return settle(episodes, record.group_of, settings, record.version - max_staleness)
+    oldest = record.version - max_staleness
+    if record.advantages:
+        return settle_given(episodes, record.advantages, settings, oldest)
+    return settle(episodes, record.group_of, settings, oldest)
 
 
 def rebuild(
@@ -60,4 +64,5 @@ def rebuild(
             f"step {record.step}: these settings leave none of its {len(record.group_of)} rollouts to train on: "
             f"{account.drops_by_reason()}"
         )
-    return batch_of(account.trained, record.group_of)
+    table = batch_of(account.trained, record.group_of)
+    return with_advantages(table, record.advantages) if record.advantages else table

@@ -27,6 +27,8 @@ class StepRecord:
     """Rollouts that it trained on."""
     figures: Mapping[str, float] = field(default_factory=dict)
     """What the update told of itself."""
+    advantages: Mapping[str, float] = field(default_factory=dict)
+    """By rollout, where the algorithm gave them."""
 
     @property
     def group_of(self) -> dict[str, str]:
@@ -43,7 +45,7 @@ def read_steps(run: RunFolder) -> dict[int, StepRecord]:
         if row["kind"] == "train" and line is not None:
             groups = [(group_id, tuple(rollout_ids)) for group_id, rollout_ids in line["groups"]]
             records[row["step"]] = StepRecord(
-                row["step"], line["version"], groups, line["trained"], _update_figures(row)
+                row["step"], line["version"], groups, line["trained"], _update_figures(row), line.get("advantages", {})
             )
     return records
 

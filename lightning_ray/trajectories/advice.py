@@ -71,6 +71,9 @@ ADVICE: dict[str, str] = {
         "Of each task only the best rollouts are imitated, as many as keep.top_share says; others were better, or as "
         "good and earlier."
     ),
+    "not_chosen": (
+        "The run's algorithm gave this rollout no advantage: it was played, and left out of the update by choice."
+    ),
     "not_settled": (
         "The rollout ended, but its step was never trained on: the step is under way, or was interrupted; --resume "
         "plays it anew under other ids."

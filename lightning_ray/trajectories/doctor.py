@@ -16,6 +16,7 @@ import pyarrow as pa
 from lightning_ray.trajectories.account import Account, settle
 from lightning_ray.trajectories.episode import Episode, read_episodes
 from lightning_ray.trajectories.evidence import Evidence, evidence_of
+from lightning_ray.trajectories.given import settle_given
 from lightning_ray.trajectories.keeping import keep_best
 from lightning_ray.trajectories.prefix import Break, find_breaks
 from lightning_ray.trajectories.remarks import Remark, detail_of, finer_reason, remarks_on
@@ -60,8 +61,8 @@ class Diagnosis:
 @dataclass(frozen=True)
 class Facts:
     """What a run's folder tells beside its store. ``steps`` are the training lines of metrics.jsonl, in order, with
-    what steps.jsonl tells of each: its ``groups`` and the ``version`` that it trained. None if there is no telling
-    which steps were settled.
+    what steps.jsonl tells of each: its ``groups``, the ``version`` that it trained, and the ``advantages`` that an
+    algorithm gave. None if there is no telling which steps were settled.
     """
 
     steps: Sequence[Mapping[str, Any]] | None = None
@@ -150,10 +151,18 @@ class Verdicts:
         if outcome.detail is not None:
             self.details[episode.rollout_id] = outcome.detail
 
-    def settle(self, episodes: Sequence[Episode], facts: Facts, oldest_version: int | None) -> None:
-        """Settle whole groups."""
+    def settle(
+        self,
+        episodes: Sequence[Episode],
+        facts: Facts,
+        oldest_version: int | None,
+        advantages: Mapping[str, float] | None = None,
+    ) -> None:
+        """Settle whole groups, or as the algorithm gave advantages."""
         groups = {episode.rollout_id: str(group_of(episode.rollout)) for episode in episodes}
-        if facts.keep is None:
+        if advantages is not None:
+            self.account = settle_given(episodes, advantages, facts.batch, oldest_version)
+        elif facts.keep is None:
             self.account = settle(episodes, groups, facts.batch, oldest_version)
         else:
             self.account = keep_best(episodes, groups, facts.keep, facts.batch, oldest_version)
@@ -182,9 +191,11 @@ def _verdicts(episodes: Sequence[Episode], facts: Facts, step: int | None) -> Ve
     oldest = None
     if facts.max_staleness is not None and step is not None:
         queued = max(((e.rollout.metadata or {}).get("weight_version", 0) for e in together), default=0)
-        versions = {line["step"]: line.get("version", queued) for line in facts.steps or ()}
-        oldest = versions[step] - facts.max_staleness
-    verdicts.settle(together, facts, oldest)
+        versions = {line["step"]: line.get("version") for line in facts.steps or ()}
+        trained = versions[step]
+        oldest = (queued if trained is None else trained) - facts.max_staleness
+    given = {line["step"]: line.get("advantages") for line in facts.steps or ()}
+    verdicts.settle(together, facts, oldest, None if step is None else given[step])
     return verdicts
 
 
