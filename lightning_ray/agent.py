@@ -1,8 +1,8 @@
 """What a user writes: a function (``@rollout``) or a class (``LitAgent``) that plays one task and returns its reward.
 
 The parameters say what the agent needs: ``task``, then ``llm`` or ``prompt_template`` (found among the resources
-by type, whatever their names), and ``rollout`` if wanted. Names and meaning as in Agent Lightning 0.3; what may be
-returned is ``results``'s.
+by type, whatever their names), and ``rollout`` if wanted. Names and meaning as in Agent Lightning 0.3, which has no
+``llms``: all models by name, where there are several. What may be returned is ``results``'s.
 """
 
 from __future__ import annotations
@@ -172,6 +172,7 @@ class FunctionalLitAgent(LitAgent[T]):
         self.strip_proxy = strip_proxy
         parameters = inspect.signature(rollout_func).parameters
         self.needs = {name: kind for name, kind in RESOURCES.items() if name in parameters}
+        self.wants_llms = ALL_MODELS in parameters
         self.wants_rollout = "rollout" in parameters
         self.__name__ = getattr(rollout_func, "__name__", type(rollout_func).__name__)
 
@@ -198,13 +199,16 @@ class FunctionalLitAgent(LitAgent[T]):
     def _arguments(self, resources: NamedResources, rollout: Rollout) -> dict[str, Any]:
         arguments: dict[str, Any] = {}
         for parameter, kind in self.needs.items():
-            resource: Resource = first_of(resources, kind, parameter)
-            if self.strip_proxy and isinstance(resource, ProxyLLM):
-                resource = self._address(resource, rollout)
-            arguments[parameter] = resource
+            arguments[parameter] = self._given(first_of(resources, kind, parameter), rollout)
+        if self.wants_llms:
+            found = {name: each for name, each in resources.items() if isinstance(each, LLM)}
+            arguments[ALL_MODELS] = {name: self._given(each, rollout) for name, each in found.items()}
         if self.wants_rollout:
             arguments["rollout"] = rollout
         return arguments
+
+    def _given(self, resource: Resource, rollout: Rollout) -> Resource:
+        return self._address(resource, rollout) if self.strip_proxy and isinstance(resource, ProxyLLM) else resource
 
     def _address(self, llm: ProxyLLM, rollout: Rollout) -> LLM:
         if not isinstance(rollout, AttemptedRollout):
@@ -228,14 +232,16 @@ def first_of(resources: NamedResources, kind: type[R], parameter: str) -> R:
 
 RESOURCES: Mapping[str, type[Resource]] = {"llm": LLM, "prompt_template": PromptTemplate}
 """Parameter -> what it is given."""
+ALL_MODELS = "llms"
+"""The parameter that is given all models by name."""
 
 
 def rollout(function: Callable[..., Any]) -> FunctionalLitAgent[Any]:
-    """Make an agent of ``[async] (task, llm | prompt_template[, rollout])``.
+    """Make an agent of ``[async] (task, llm | llms | prompt_template[, rollout])``.
 
     Raises AgentError when the parameters are none of these.
     """
-    return _made(function, RESOURCES, "'llm' or 'prompt_template' (or both)")
+    return _made(function, (*RESOURCES, ALL_MODELS), "'llm' or 'prompt_template' (or both), or 'llms'")
 
 
 def _made(
@@ -243,7 +249,7 @@ def _made(
 ) -> FunctionalLitAgent[Any]:
     """The agent, if its parameters are ``task``, then one of ``wanted``; what else it has can be filled."""
     parameters = inspect.signature(function).parameters
-    fillable = {"task", "rollout", *RESOURCES}
+    fillable = {"task", "rollout", ALL_MODELS, *RESOURCES}
     unknown = [
         name
         for name, p in parameters.items()
