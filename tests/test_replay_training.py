@@ -19,6 +19,7 @@ from lightning_ray.algorithms.grpo import GRPO
 from lightning_ray.algorithms.loop import Played
 from lightning_ray.replay.trial import Request, Result, try_again
 from lightning_ray.run_folder import RunFolder, write_json
+from lightning_ray.run_state import ONLY
 from lightning_ray.store import open_folder
 from lightning_ray.trajectories.account import batch_of, settle
 from lightning_ray.trajectories.episode import read_episodes
@@ -94,7 +95,7 @@ def make_run(path: Path, model: Path, ranks: int, saved: tuple[int, ...], **sett
         last = {each: view.query_attempts(each).items[-1].attempt_id for each in group_of}
         episodes = read_episodes([found[each] for each in group_of], view.scan_spans(list(group_of)), last)
         account = settle(episodes, group_of, algorithm.batch, step)
-        folder.append_step(Played(episodes, group_of, [], account).record(step, step))
+        folder.append_step(Played(episodes, group_of, [], account).record(step, {ONLY: step}))
         figures = trainers.call("update", batch_of(account.trained, group_of), step)
         rows.append({"kind": "train", "step": step, **{f"update.{name}": value for name, value in figures.items()}})
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
