@@ -5,9 +5,9 @@ calls go to the engine that all share. Both runs play the same tasks, with the s
 rollouts at once as a step has, and differ in ``max_staleness`` alone. The weights move: the learning rate is high
 enough for the reward to rise.
 
-Beside these, unless it is to be quick: a run that plays all that has a slot, and a pair of runs whose agent waits for
-nothing but the engine, for as many tokens as are log-normal in the same way, with a model of 8 million parameters, so
-that playing and training want the same cores all the time.
+Beside these, unless it is to be quick, a pair of runs whose agent waits for nothing but the engine, for as many tokens
+as are log-normal in the same way, with a model of 8 million parameters: playing and training want the same cores all
+the time.
 """
 
 from __future__ import annotations
@@ -157,7 +157,6 @@ def measure(steps: int, quick: bool) -> dict[str, Any]:
         "async": (WAITING, steps, MAX_STALENESS, slots),
     }
     if not quick:
-        chosen["async_all_slots"] = (WAITING, steps, MAX_STALENESS, slots * (1 + MAX_STALENESS))
         chosen["sync_engine_bound"] = (WRITING, steps, 0, slots)
         chosen["async_engine_bound"] = (WRITING, steps, MAX_STALENESS, slots)
     with tempfile.TemporaryDirectory(prefix="lr-async-") as folder:
