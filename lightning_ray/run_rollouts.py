@@ -96,14 +96,7 @@ class RunRollouts:
 
     async def read(self, rollout_ids: Sequence[str]) -> Ended:
         """Rollouts that have ended, in the order of their ids."""
-        found = {r.rollout_id: r for r in (await self._store.query_rollouts(rollout_id_in=rollout_ids)).items}
-        spans = await self._store.scan_spans(rollout_ids)
-        pairs = pairs_of(spans)
-        counting = dict(pairs)
-        for rollout_id, times in Counter(rollout_id for rollout_id, _ in pairs).items():
-            if times > 1:
-                counting |= last_attempts((await self._store.query_attempts(rollout_id)).items)
-        return Ended([found[rollout_id] for rollout_id in rollout_ids], spans, counting)
+        return await read_ended(self._store, rollout_ids)
 
     async def _unless_runners_fail(self, waiting: Awaitable[T], deadline: float) -> T:
         task: asyncio.Future[T] = asyncio.ensure_future(waiting)
@@ -116,6 +109,18 @@ class RunRollouts:
             task.cancel()
             raise InfrastructureError(f"the span store did not answer within {deadline:.0f} s")
         return task.result()
+
+
+async def read_ended(store: Store, rollout_ids: Sequence[str]) -> Ended:
+    """Rollouts that have ended, in the order of their ids."""
+    found = {r.rollout_id: r for r in (await store.query_rollouts(rollout_id_in=rollout_ids)).items}
+    spans = await store.scan_spans(rollout_ids)
+    pairs = pairs_of(spans)
+    counting = dict(pairs)
+    for rollout_id, times in Counter(rollout_id for rollout_id, _ in pairs).items():
+        if times > 1:
+            counting |= last_attempts((await store.query_attempts(rollout_id)).items)
+    return Ended([found[rollout_id] for rollout_id in rollout_ids], spans, counting)
 
 
 def pairs_of(spans: pa.Table) -> set[tuple[str, str]]:

@@ -56,6 +56,30 @@ def test_an_algorithm_over_the_store_learns_in_a_run(tmp_path: Path, capsys: pyt
     assert main(["doctor", str(folder)]) == 0 and "no_model_call" in capsys.readouterr().out
 
 
+def test_the_baseline_tells_the_mean_reward_of_a_run(tmp_path: Path) -> None:
+    @lr.rollout
+    async def picky(task: str, prompt_template: lr.PromptTemplate) -> float:
+        if not task:
+            raise ValueError("an empty word")
+        return float(len(prompt_template.format(word=task)) > 5)
+
+    baseline = lr.Baseline(polling_interval=0.2)
+    trainer = lr.Trainer(algorithm=baseline, initial_resources=PROMPT, n_runners=1, runs_dir=tmp_path, name="baseline")
+    summary = trainer.fit(picky, ["a", "bc", "de", ""], val_dataset=["fgh"])
+    assert summary["train"]["reward"] == pytest.approx(2 / 3) and summary["train"]["failures"] == {"agent_failed": 1}
+    assert 0 <= summary["train"]["low"] < 0.5 and summary["train"]["high"] <= 1
+    assert (summary["val"]["reward"], summary["val"]["rollouts"]) == (1.0, 1)
+    assert summary["rollouts_by_status"] == {"succeeded": 4, "failed": 1}
+    assert json.loads((tmp_path / "baseline/summary.json").read_text()) == summary
+
+    @lr.rollout
+    async def asking(task: str, llm: lr.LLM) -> float:
+        return 1.0
+
+    with pytest.raises(lr.ConfigError, match="has a parameter 'llm', and there is no LLM"):
+        trainer.fit(asking, ["a"])
+
+
 def test_a_failing_algorithm_ends_the_run_with_its_error(tmp_path: Path) -> None:
     @lr.algo
     def broken(train_dataset: Any) -> None:

@@ -156,6 +156,9 @@ async def test_the_baseline_plays_every_task_of_both_sets_in_each_epoch(
     assert {r.resources_id for r in played} == {"default"}
     assert "epoch 2 of 2: 4 tasks" in caplog.text and "agentlightning.reward.0.value" in caplog.text
     assert "failed after" in caplog.text and "adapted:" in caplog.text
+    train, val = baseline.summary()["train"], baseline.summary()["val"]
+    assert (train["tasks"], train["rollouts"], train["reward"], train["failures"]) == (3, 6, 0.5, {"agent_failed": 2})
+    assert (val["tasks"], val["rollouts"], val["reward"], val["failed"]) == (1, 2, 7.0, 0)
 
 
 async def test_the_baseline_without_a_task_is_refused(store: Any) -> None:

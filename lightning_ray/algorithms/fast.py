@@ -27,7 +27,8 @@ class FastAlgorithm(Algorithm):
 class Baseline(FastAlgorithm):
     """Plays every task of both data sets once in each epoch, and learns nothing.
 
-    What came of each rollout (its spans, and what the adapter makes of them) is logged at INFO.
+    What came of each rollout (its spans, and what the adapter makes of them) is logged at INFO. A run's summary has the
+    figures of both data sets: the mean reward with its interval, failures by kind, turns, tokens (``Evaluation``).
 
     Args:
         n_epochs: how often each data set is played.
@@ -56,6 +57,7 @@ class Baseline(FastAlgorithm):
         self.polling_interval = polling_interval
         self.max_queue_length = max_queue_length
         self.span_verbosity = span_verbosity
+        self._figures: dict[str, Any] = {}
 
     @with_llm_proxy()
     @with_store
@@ -68,26 +70,39 @@ class Baseline(FastAlgorithm):
     ) -> None:
         """Play; ``store`` and ``llm_proxy`` are put in. Raises ConfigError if there is no task."""
         datasets: list[tuple[RolloutMode, Dataset[Any]]] = [("train", train_dataset or []), ("val", val_dataset or [])]
-        tasks = [(mode, data[index]) for mode, data in datasets for index in range(len(data))]
+        tasks = [(mode, index, data[index]) for mode, data in datasets for index in range(len(data))]
         if not tasks:
             raise ConfigError(f"{type(self).__name__} has nothing to play: give a train_dataset or a val_dataset")
         resources_id = None
         if (resources := self.get_initial_resources()) is not None:
             resources_id = (await store.update_resources("default", resources)).resources_id
+        played: dict[str, list[str]] = {}
         for epoch in range(self.n_epochs):
             logger.info("epoch %d of %d: %d tasks", epoch + 1, self.n_epochs, len(tasks))
-            await self._play(store, tasks, resources_id)
+            await self._play(store, tasks, resources_id, played)
+        self._figures = {mode: await _figures(store, ids) for mode, ids in played.items()}
 
-    async def _play(self, store: Store, tasks: Sequence[tuple[RolloutMode, Any]], resources_id: str | None) -> None:
+    def summary(self) -> dict[str, Any]:
+        """The figures by data set."""
+        return dict(self._figures)
+
+    async def _play(
+        self,
+        store: Store,
+        tasks: Sequence[tuple[RolloutMode, int, Any]],
+        resources_id: str | None,
+        played: dict[str, list[str]],
+    ) -> None:
         watching: set[asyncio.Task[None]] = set()
         try:
-            for mode, task in tasks:
+            for mode, index, task in tasks:
                 while (await store.query_rollouts(status_in=_QUEUED, limit=0)).total > self.max_queue_length:
                     if watching:
                         watching = await self._first_of(watching)
                     else:
                         await asyncio.sleep(self.polling_interval)
-                rollout = await store.enqueue_rollout(input=task, mode=mode, resources_id=resources_id)
+                rollout = await store.enqueue_rollout(task, mode, resources_id, metadata={"task": index})
+                played.setdefault(mode, []).append(rollout.rollout_id)
                 watching.add(asyncio.create_task(self._watch(store, rollout.rollout_id)))
             while watching:
                 watching = await self._first_of(watching)
@@ -128,3 +143,10 @@ class Baseline(FastAlgorithm):
         lasted = f"{span.end_time - span.start_time:.2f} s" if span.start_time and span.end_time else "no time"
         known = span.attributes if self.span_verbosity == "key_values" else list(span.attributes)
         return f"{span.sequence_id} {span.name} ({lasted}): {known}"
+
+
+async def _figures(store: Store, rollout_ids: Sequence[str]) -> dict[str, Any]:
+    from lightning_ray.evaluation.figures import figures_of
+    from lightning_ray.evaluation.plays import read_plays
+
+    return figures_of(await read_plays(store, rollout_ids)).as_dict()

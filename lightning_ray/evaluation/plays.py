@@ -15,7 +15,9 @@ import pyarrow.compute as pc
 
 from lightning_ray.relay.settings import Prices
 from lightning_ray.relay.spend import Spend, Usage
+from lightning_ray.run_rollouts import read_ended
 from lightning_ray.semconv import MODEL_CALL_NAMES, SUPERSEDED_SPAN
+from lightning_ray.store.base import Store
 from lightning_ray.store.packing import unpack
 from lightning_ray.trajectories.episode import Episode
 from lightning_ray.trajectories.usable import FAILURES
@@ -24,6 +26,8 @@ Tags = Callable[[Any], Iterable[str]]
 """The tags of a task."""
 POLICY = "policy"
 """The endpoint that calls with token ids are counted under."""
+CHUNK = 512
+"""Rollouts whose spans are held at once."""
 AGENT = ("agent_failed", "timed_out", "unresponsive", "no_reward", "reward_not_finite")
 """Failures that the agent, or the model in it, has to answer for. All others are the infrastructure's."""
 
@@ -110,6 +114,16 @@ def task_key(task: Any) -> str:
     """A short name of a task's content."""
     content = json.dumps(task, sort_keys=True, default=repr)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+async def read_plays(store: Store, rollout_ids: Sequence[str], prices: Prices | None = None) -> list[Play]:
+    """The plays of rollouts that have ended, read from a store of any algorithm's."""
+    plays: list[Play] = []
+    for begin in range(0, len(rollout_ids), CHUNK):
+        ended = await read_ended(store, rollout_ids[begin : begin + CHUNK])
+        calls = calls_by_rollout(ended.spans, ended.attempts, prices or Prices())
+        plays += plays_of(ended.episodes(), calls)
+    return plays
 
 
 @dataclass
