@@ -214,6 +214,20 @@ async def test_failures_of_the_infrastructure_are_never_a_score(tmp_path: Path) 
             await search(tmp_path / "all", apo, ["red"], ["blue"], Breaking(10**6))
 
 
+async def test_an_agents_model_whose_money_is_spent_is_no_score(tmp_path: Path) -> None:
+    with ScriptedModel(lambda body: 402 if kind_of(body) == "other" else wishes(body)) as model:
+
+        @lr.rollout
+        def asker(task: str, prompt_template: lr.PromptTemplate) -> float:
+            client = OpenAI(base_url=model.url, api_key="none", max_retries=0)
+            client.chat.completions.create(model="agent", messages=[{"role": "user", "content": "hello"}])
+            return 1.0
+
+        apo = lr.APO[str](model.client(), infrastructure_retries=0, **SMALL)
+        with pytest.raises(InfrastructureError, match="no rollout of the seed counts.*scripted 402"):
+            await search(tmp_path, apo, TRAIN, ["red"], asker)
+
+
 async def test_rollouts_that_the_infrastructure_failed_are_played_again(tmp_path: Path) -> None:
     attempts = 1 + 5  # the store's own retries of one rollout are used up before it fails
     with ScriptedModel(wishes) as model:

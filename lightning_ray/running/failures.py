@@ -11,6 +11,8 @@ CLIENTS = ("openai", "anthropic")
 """Packages whose ``APIConnectionError`` and ``APIStatusError`` tell of a model's endpoint."""
 BROKEN = 500
 """HTTP statuses from here on are the endpoint's fault."""
+SPENT = 402
+"""What the relay answers when all that may be spent is spent."""
 
 
 class AgentFailed(Exception):
@@ -49,6 +51,6 @@ def _endpoint_failed(error: BaseException) -> bool:
             continue
         if isinstance(error, client.APIConnectionError):
             return True
-        if isinstance(error, client.APIStatusError) and error.status_code >= BROKEN:
+        if isinstance(error, client.APIStatusError) and (error.status_code >= BROKEN or error.status_code == SPENT):
             return True
     return False

@@ -6,16 +6,18 @@ Real Ray, Serve and relay; the model is scripted, over real HTTP.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import lightning_ray as lr
+from lightning_ray.cli import main
 from lightning_ray.launch import Launch, launched
 from lightning_ray.store import open_folder
 from tests.apo_parts import SEED
-from tests.scripted_model import ScriptedModel, wishes
+from tests.scripted_model import ScriptedModel, kind_of, part, wishes
 from tests.test_apo import SMALL, TRAIN, VAL
 from tests.test_apo_on_ray import agent
 
@@ -68,4 +70,39 @@ def test_the_spend_is_capped_and_the_run_goes_on_under_a_higher_cap(tmp_path: Pa
     calls = store.scan_spans([each.rollout_id for each in searches])
     assert calls["status"].to_pylist().count("OK") == asked
     seed = store.get_resources_by_id("v0")
-    assert seed is not None and set(seed.resources) == {"prompt_template"}, "the optimizer's address is not the agents' business"
+    assert seed is not None and set(seed.resources) == {"prompt_template"}, "agents do not get the optimizer"
+
+
+RULES = {
+    "Who wants to leave: account.": ("account", r"cancel|stop my|end our|no longer"),
+    "What an update broke: engineering.": ("engineering", r"update|version"),
+    "Anything with a lawyer: lead.": ("lead", r"lawyer|attorney|counsel"),
+}
+
+
+def sorting(body: dict[str, Any]) -> str:
+    """The agent's model, which sorts by what it is told and by a few words of its own, and the optimizer."""
+    question = body["messages"][0]["content"]
+    if body["model"] == "gpt-4.1-mini":
+        missing = [rule for rule, (team, _) in RULES.items() if f"the right team was {team}" in question]
+        if kind_of(body) == "critique":
+            return "\n".join(rule for rule in missing if rule not in part(question, "instructions")) or "nothing"
+        told = [rule for rule in RULES if rule in part(question, "review")]
+        return f"<template>\n{' '.join(told)}\n{part(question, 'instructions')}\n</template>"
+    rules, _, ticket = question.rpartition("\n\n")
+    for rule, (team, words) in RULES.items():
+        if rule in rules and re.search(words, ticket):
+            return team
+    return "billing" if re.search("payment|invoice|bill|refund|charged", ticket) else "support"
+
+
+def test_the_example_finds_the_habits_of_the_firm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ScriptedModel(sorting) as model:
+        monkeypatch.setenv("OPENAI_BASE_URL", model.url)
+        monkeypatch.setenv("OPENAI_API_KEY", KEY)
+        assert main(["train", "examples/prompts", "--runs-dir", str(tmp_path), "--set", "algorithm.beam_width=1"]) == 0
+    summary = json.loads((tmp_path / "prompts/summary.json").read_text())
+    assert summary["score_before"] < 0.5 and summary["score_after"] == 1.0
+    assert summary["stopped"] == "target_score=1 is reached"
+    best = (tmp_path / "prompts/best/prompt_template.txt").read_text()
+    assert all(rule in best for rule in RULES) and "{ticket}" in best
