@@ -99,7 +99,7 @@ def read_facts(run: Path) -> Facts:
 
 
 def keep_of(settings: Mapping[str, Any], run: RunFolder) -> Keep | None:
-    """Which rollouts a run imitated, if it did. A filter of the user's own is what it let pass."""
+    """Which rollouts a run imitated, if it did. A filter of the user's own is what it did."""
     from lightning_ray.config import build
     from lightning_ray.trajectories.settings import Keep
 
@@ -107,9 +107,8 @@ def keep_of(settings: Mapping[str, Any], run: RunFolder) -> Keep | None:
         return Keep()
     if "keep" not in settings:
         return None
-    passed = {rollout_id for line in run.steps().values() for rollout_id in line.get("kept") or ()}
-    recorded = settings["keep"]
-    values = recorded | {"filter": (lambda episode: episode.rollout_id in passed) if recorded["filter"] else None}
+    filtered = {rollout_id for line in run.steps().values() for rollout_id in line.get("filtered") or ()}
+    values = settings["keep"] | {"filter": lambda episode: episode.rollout_id not in filtered}
     return build(Keep, values, f"{run.path / 'config.json'}: algorithm.keep")
 
 

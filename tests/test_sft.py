@@ -13,10 +13,16 @@ pytest.importorskip("transformers")
 
 import lightning_ray as lr
 from lightning_ray.algorithms.imitated import ImitatedRollouts
+from lightning_ray.algorithms.source import Played
+from lightning_ray.doctor_command import read_facts
 from lightning_ray.policy.batch import read_batch
 from lightning_ray.policy.model_folder import STATE, tokenizer_hash
 from lightning_ray.progress import Reporter
+from lightning_ray.recorded import open_run, read_recorded
 from lightning_ray.replay import settings as replay_settings
+from lightning_ray.run_folder import RunFolder
+from lightning_ray.store import open_folder
+from lightning_ray.trajectories.doctor import examine
 from tests.test_conversations import CHATML, TALK
 from tests.test_doctor import Bench
 from tests.test_trajectories import model_call
@@ -152,3 +158,26 @@ def test_a_replay_of_what_is_no_grpo_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"algorithm": {"name": "SFT", **lr.SFT(model="m").settings()}}))
     with pytest.raises(lr.ConfigError, match="its algorithm is SFT; a replay"):
         replay_settings.recorded(tmp_path)
+
+
+def test_the_doctor_knows_what_was_kept_and_what_a_filter_did(tmp_path: Path) -> None:
+    bench = Bench(tmp_path / "store")
+    for rollout_id, reward in (("a", 0.0), ("b", 1.0), ("c", 1.0), ("d", 1.0)):
+        bench.rollout(rollout_id, model_call("", [1, 2], [3]), reward=reward)
+    settings = lr.SFT(
+        model="m", keep={"min_reward": 0.5, "top_share": 0.25, "filter": lambda each: each.rollout_id != "b"}
+    )
+    episodes = [each for part in read_recorded(open_run(tmp_path)) for each in part.episodes()]
+    group_of = dict.fromkeys("abcd", "g")
+    played = Played(episodes, group_of, ["g"], settings.settle(episodes, group_of, None))
+    bench.store.close()
+    config = {"algorithm": {"name": "SFT", **settings.settings()}}
+    (tmp_path / "config.json").write_text(json.dumps(config, default=str))
+    RunFolder(tmp_path).append_step(played.record(0, {"policy": 0}))
+    dropped = {f"dropped.{reason}": count for reason, count in played.account.drops_by_reason().items()}
+    row = {"kind": "train", "step": 0, "weight_version": 1, "rollouts": 4, "rollouts_trained": 1, **dropped}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    report = examine(open_folder(tmp_path / "store"), read_facts(tmp_path))
+    verdicts = {each.rollout_id: each.reason for each in report.diagnoses}
+    assert verdicts == {"a": "below_min_reward", "b": "filtered_out", "c": "trained", "d": "not_among_best"}
+    assert report.contradictions == []

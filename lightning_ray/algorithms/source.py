@@ -54,7 +54,10 @@ class Played:
         trained = {name: len(share.account.trained) for name, share in self.shares.items()}
         if self.several:
             return {"step": step, "versions": dict(versions), "groups": list(groups.items()), "trained": trained}
-        return {"step": step, "version": versions[ONLY], "groups": list(groups.items()), "trained": trained[ONLY]}
+        line = {"step": step, "version": versions[ONLY], "groups": list(groups.items()), "trained": trained[ONLY]}
+        # A filter of the user's own is known by nothing but what it did.
+        filtered = [rollout_id for rollout_id, reason in self.account.dropped.items() if reason == "filtered_out"]
+        return line | ({"filtered": filtered} if filtered else {})
 
 
 class Source(Protocol):
