@@ -51,6 +51,14 @@ def hole(engine: str, name: str) -> str:
     return f"{{{name}}}" if engine == "f-string" else f"{{{{ {name} }}}}"
 
 
+def written_holes(engine: str, template: str) -> list[str]:
+    """The holes of a template in their order, as it has them: ``{task[question]}``. Raises as ``holes``."""
+    if engine != "f-string":
+        return [hole(engine, name) for name in sorted(holes(engine, template))]
+    holes(engine, template)
+    return list(dict.fromkeys(f"{{{name}}}" for _, name, _, _ in string.Formatter().parse(template) if name))
+
+
 def _format_holes(template: str) -> frozenset[str]:
     found: set[str] = set()
     try:

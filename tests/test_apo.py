@@ -224,7 +224,7 @@ async def test_an_agents_model_whose_money_is_spent_is_no_score(tmp_path: Path) 
             return 1.0
 
         apo = lr.APO[str](model.client(), infrastructure_retries=0, **SMALL)
-        with pytest.raises(InfrastructureError, match="no rollout of the seed counts.*scripted 402"):
+        with pytest.raises(InfrastructureError, match=r"no rollout of the seed counts.*scripted 402"):
             await search(tmp_path, apo, TRAIN, ["red"], asker)
 
 
@@ -510,9 +510,13 @@ async def test_overridden_settings_leave_the_result_with_the_users_own_algorithm
     assert mine.get_best_prompt() == ran.get_best_prompt() != SEED["prompt_template"]
 
 
-async def test_a_store_is_all_it_needs(tmp_path: Path) -> None:
+async def test_without_a_run_the_same_is_refused() -> None:
     with pytest.raises(lr.ConfigError, match="no task"):
         await lr.APO[str](object()).run(["a"], [])
+    with pytest.raises(lr.ConfigError, match="needs a model that criticises"):
+        await lr.APO[str]().run(["a"], ["b"])
+    with pytest.raises(lr.ConfigError, match="'o' is none of the Trainer's relays: there are none"):
+        await lr.APO[str](optimizer="o").run(["a"], ["b"])
 
 
 async def test_tasks_and_long_talk_may_be_kept_from_critiques(tmp_path: Path) -> None:

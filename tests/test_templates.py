@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import lightning_ray as lr
-from lightning_ray.templates import MissingValueError, TemplateError, render
+from lightning_ray.templates import MissingValueError, TemplateError, holes, render, written_holes
 
 
 def test_a_format_string() -> None:
@@ -74,3 +74,21 @@ def test_poml_is_given_the_values_and_gives_text(monkeypatch: pytest.MonkeyPatch
 def test_poml_itself() -> None:
     pytest.importorskip("poml")
     assert "Say hi" in render("poml", "<poml><task>Say {{x}}</task></poml>", {"x": "hi"})
+
+
+@pytest.mark.parametrize(
+    ("engine", "template", "names", "written"),
+    [
+        ("f-string", "{b} {a[x]:>{w}} {{c}} {b}", {"a", "b", "w"}, ["{b}", "{a[x]}"]),
+        ("jinja", "{% for x in b %}{{ x }}{{ a.c }}{% endfor %}", {"a", "b"}, ["{{ a }}", "{{ b }}"]),
+        ("poml", "<p>{{ a }} {{b.c}}</p>", {"a", "b"}, ["{{ a }}", "{{ b }}"]),
+    ],
+)
+def test_the_holes_of_a_template(engine: str, template: str, names: set[str], written: list[str]) -> None:
+    assert holes(engine, template) == names and written_holes(engine, template) == written
+
+
+@pytest.mark.parametrize(("engine", "template"), [("f-string", "{}"), ("f-string", "{a"), ("jinja", "{{ a")])
+def test_holes_of_what_is_no_template(engine: str, template: str) -> None:
+    with pytest.raises(TemplateError):
+        holes(engine, template)

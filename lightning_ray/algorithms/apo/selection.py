@@ -61,7 +61,11 @@ class Bench:
             async with at_once:
                 return await work
 
-        return await together(*map(one, works))
+        try:
+            return await together(*map(one, works))
+        finally:
+            for work in works:  # those that did not begin, as another failed
+                work.close()
 
     def compare(self, candidates: Sequence[Candidate], indices: Sequence[int]) -> list[Candidate]:
         """Those that have a reward for any of these tasks, best first, by the mean over the tasks that they all have.

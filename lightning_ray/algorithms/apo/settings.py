@@ -120,7 +120,9 @@ class APO(AlgorithmSettings, Generic[T]):
         """Search over ``get_store()``: critiques come from ``train_dataset``, scores from ``val_dataset``."""
         from lightning_ray.algorithms.apo.session import Session
 
-        check_prompts(self)
+        if self._of_run is None:
+            check_settings(self, {})
+            check_prompts(self)
         check_tasks(train_dataset, val_dataset)
         assert train_dataset is not None and val_dataset is not None
         await Session(self, self._of_run, train_dataset, val_dataset).search()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_ray.algorithms.apo.optimizer import Optimizer
 from lightning_ray.algorithms.apo.prompt_files import PromptFile
-from lightning_ray.templates import TemplateError, hole, holes
+from lightning_ray.templates import TemplateError, hole, holes, written_holes
 from lightning_ray.types import PromptTemplate
 
 if TYPE_CHECKING:
@@ -75,13 +75,12 @@ class Writer:
 def fields(templates: Templates, name: str) -> dict[str, Any]:
     """What every prompt file has of the templates."""
     template = templates[name]
-    written = [hole(template.engine, each) for each in sorted(holes(template.engine, template.template))]
     return {
         "name": name,
         "several": len(templates) > 1,
         "template": template.template,
         "engine": template.engine,
-        "placeholders": written,
+        "placeholders": written_holes(template.engine, template.template),
         "others": {other: each.template for other, each in templates.items() if other != name},
     }
 
