@@ -43,6 +43,7 @@ def add_doctor_command(commands: Any) -> None:
     )
     command.add_argument("--rollout", metavar="ID", help="all that is known of one rollout")
     command.add_argument("--step", type=int, metavar="N", help="only the rollouts of one training step, from 0")
+    command.add_argument("--policy", metavar="NAME", help="of several policies (default: the first that is trained)")
     command.add_argument("--json", action="store_true", help="one JSON object, with every rollout")
 
 
@@ -53,7 +54,7 @@ def doctor(given: argparse.Namespace) -> int:
 
     store = store_folder(given.folder)
     run = store.parent if store.name == "store" else store
-    facts = read_facts(run)  # before the store, so that this has all of the steps that are told
+    facts = read_facts(run, given.policy)  # before the store, so that this has all of the steps that are told
     report = examine(open_folder(store), facts, given.rollout, given.step)
     if not report.diagnoses and given.rollout is not None:
         raise ConfigError(f"--rollout {given.rollout}: {store} has no such rollout")
@@ -66,7 +67,7 @@ def doctor(given: argparse.Namespace) -> int:
             print(json.dumps(as_json(run, report)))
         else:
             broken = any(each.breaks for each in report.diagnoses)
-            print_report(report, load_decode(run) if broken else None, given.rollout is not None)
+            print_report(report, load_decode(run, policy=facts.policy) if broken else None, given.rollout is not None)
             if given.rollout is None:
                 show_steps(report.steps, given.step is not None, None if sys.stdout.isatty() else WIDTH)
         sys.stdout.flush()
@@ -75,27 +76,27 @@ def doctor(given: argparse.Namespace) -> int:
     return 0
 
 
-def read_facts(run: Path) -> Facts:
-    """What the run's folder tells; a store alone tells nothing."""
+def read_facts(run: Path, policy: str | None = None) -> Facts:
+    """What the run's folder tells, of one of several policies; a store alone tells nothing."""
     from lightning_ray.config import build
-    from lightning_ray.run_folder import RunFolder
+    from lightning_ray.policy_folder import folder_of, settings_in
     from lightning_ray.trajectories.doctor import Facts
     from lightning_ray.trajectories.settings import BatchSettings
 
     config = run / "config.json"
     if not config.is_file():
         return Facts()
-    settings = json.loads(config.read_text()).get("algorithm") or {}
-    lines = [line for line in RunFolder(run).metrics() if line.get("kind") == "train"]
+    folder, settings = folder_of(run, policy, settings_in(run))
+    lines = [line for line in folder.metrics() if line.get("kind") == "train"]
     settled = {
         step: {name: value for name, value in line.items() if name in ("version", "advantages")}
         | {"groups": [group_id for group_id, _ in line["groups"]]}
-        for step, line in RunFolder(run).steps().items()
+        for step, line in folder.steps().items()
     }
     lines = [line | settled.get(line["step"], {}) for line in lines]
     batch = build(BatchSettings, settings.get("batch") or {}, f"{config}: algorithm.batch")
-    keep = keep_of(settings, RunFolder(run))
-    return Facts(lines, batch, keep, settings.get("max_staleness"), settings.get("agent_match"))
+    keep = keep_of(settings, folder)
+    return Facts(lines, batch, keep, settings.get("max_staleness"), settings.get("agent_match"), folder.policy)
 
 
 def keep_of(settings: Mapping[str, Any], run: RunFolder) -> Keep | None:
@@ -112,16 +113,17 @@ def keep_of(settings: Mapping[str, Any], run: RunFolder) -> Keep | None:
     return build(Keep, values, f"{run.path / 'config.json'}: algorithm.keep")
 
 
-def load_decode(run: Path, special: bool = True) -> Decode | None:
+def load_decode(run: Path, special: bool = True, policy: str | None = None) -> Decode | None:
     """Token ids to text, with or without special tokens, if the run's tokenizer is at hand."""
-    from lightning_ray.run_folder import RunFolder
+    from lightning_ray.policy_folder import folder_of, settings_in
 
-    folders = [run / "model", RunFolder(run).latest_checkpoint()]
-    if (run / "config.json").is_file():
-        named = (json.loads((run / "config.json").read_text()).get("algorithm") or {}).get("model")
-        folders.append(Path(named) if isinstance(named, str) else None)
+    opened, settings = folder_of(run, policy, settings_in(run))
+    latest, named = opened.latest_checkpoint(), settings.get("model")
+    folders = [opened.model()]
+    folders += [opened.part(latest)] if latest is not None else []
+    folders += [Path(named)] if isinstance(named, str) else []
     for folder in folders:
-        if folder is not None and (folder / "tokenizer_config.json").is_file():
+        if (folder / "tokenizer_config.json").is_file():
             try:
                 from transformers import AutoTokenizer
 

@@ -38,6 +38,7 @@ def add_replay_command(commands: Any) -> None:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="another setting, e.g. algorithm.loss=cispo"
     )
     command.add_argument("--model", type=Path, metavar="FOLDER", help="where the initial model is now, if it moved")
+    command.add_argument("--policy", metavar="NAME", help="of several policies (default: the first that is trained)")
     command.add_argument("--device", choices=("cpu", "cuda"), help="where to train (default: as the run did)")
     command.add_argument("--tolerance", type=float, metavar="X", help="how far a figure may be from the run's")
     command.add_argument("--json", action="store_true", help="one JSON object")
@@ -54,7 +55,8 @@ def replay(given: argparse.Namespace) -> int:
     # As many threads as a trainer rank has: the sums of others come in another order.
     threads = int(os.environ.setdefault("OMP_NUM_THREADS", "1").split(",")[0])
     with stdout_on_stderr():
-        request = Request(run, store, given.step, given.set, given.model, given.device, given.tolerance, threads)
+        places = (given.model, given.device, given.policy)
+        request = Request(run, store, given.step, given.set, *places, given.tolerance, threads)
         result = try_again(request)
     try:
         if given.json:

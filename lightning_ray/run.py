@@ -144,13 +144,16 @@ class Run:
         found: dict[str, Path] = {}
         made: dict[int, Path] = {}
         for name, own in policies.items():
-            model = own.model
-            if callable(model) and id(model) not in made:
-                made[id(model)] = self.folder.model_of(name)
-                if not self._resume:
-                    with self.reporter.stage("warm start") as stage, as_current(stage):
-                        await in_thread(model, made[id(model)])
-            found[name] = made[id(model)] if callable(model) else Path(str(model))
+            model, folder = own.model, self.folder.model_of(name)
+            found[name] = folder if callable(model) else Path(str(model))
+            if self._resume or not callable(model):
+                continue
+            if (same := made.setdefault(id(model), folder)) != folder:
+                folder.symlink_to(same.name)
+                continue
+            folder.parent.mkdir(exist_ok=True)
+            with self.reporter.stage("warm start") as stage, as_current(stage):
+                await in_thread(model, folder)
         return found
 
     async def _serve(self, name: str, own: WeightAlgorithm, model: Path) -> ProxyLLM:

@@ -52,6 +52,8 @@ class RunFolder:
         self.path = path
         self.store = path / "store"
         self.checkpoints = path / "checkpoints"
+        self.policy: str | None = None
+        """As which of several policies it is read."""
 
     def create(self, resume: bool) -> None:
         """Make the folder, or take up an old one. Raises ConfigError if there is nothing to resume.
@@ -95,6 +97,14 @@ class RunFolder:
     def model_of(self, policy: str) -> Path:
         """Where a model that the run makes for a policy goes."""
         return self.path / "model" if policy == ONLY else self.path / "models" / policy
+
+    def model(self) -> Path:
+        """Where the model is that the run made, if it did."""
+        return self.model_of(ONLY)
+
+    def part(self, checkpoint: Path) -> Path:
+        """What of a checkpoint is the policy's."""
+        return checkpoint
 
     def begin_checkpoint(self, step: int) -> Path:
         """A fresh folder to write the checkpoint after ``step`` steps into."""

@@ -64,8 +64,8 @@ class CorrectionSettings(Settings):
 
 
 class LoraSettings(Settings):
-    """Low-rank adapters, the only weights then trained (Hu et al., 2021, "LoRA"), through PEFT. True stands for rank 16,
-    False for none.
+    """Low-rank adapters, the only weights then trained (Hu et al., 2021, "LoRA"), through PEFT. ``True`` is rank
+    16, ``False`` for none.
     """
 
     rank: int = Field(default=0, ge=0)

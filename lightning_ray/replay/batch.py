@@ -27,7 +27,9 @@ class View(Protocol):
     def scan_spans(self, rollout_ids: Sequence[str]) -> pa.Table: ...
 
 
-def read_step(view: View, record: StepRecord, agent_match: str | None = None) -> list[Episode]:
+def read_step(
+    view: View, record: StepRecord, agent_match: str | None = None, policy: str | None = None
+) -> list[Episode]:
     """The step's episodes, in its order. Raises ConfigError if the store lacks one of its rollouts."""
     ids = list(record.group_of)
     found = {rollout.rollout_id: rollout for rollout in view.query_rollouts({"rollout_id_in": ids})}
@@ -38,16 +40,20 @@ def read_step(view: View, record: StepRecord, agent_match: str | None = None) ->
             f"{lacking[0]} for one; give the folder of the run that played it"
         )
     spans = view.scan_spans(ids)
-    return read_episodes(
-        [found[each] for each in ids], spans, counting_attempts(spans, view.query_attempts), agent_match
-    )
+    counting = counting_attempts(spans, view.query_attempts)
+    return read_episodes([found[each] for each in ids], spans, counting, agent_match, policy)
 
 
 def settle_again(
-    view: View, record: StepRecord, settings: BatchSettings, max_staleness: int, agent_match: str | None = None
+    view: View,
+    record: StepRecord,
+    settings: BatchSettings,
+    max_staleness: int,
+    agent_match: str | None = None,
+    policy: str | None = None,
 ) -> Account:
     """The step's account under these settings. Nothing is played again that they would have resampled."""
-    episodes = read_step(view, record, agent_match)
+    episodes = read_step(view, record, agent_match, policy)
     oldest = record.version - max_staleness
     if record.advantages:
         return settle_given(episodes, record.advantages, settings, oldest)
@@ -55,10 +61,17 @@ def settle_again(
 
 
 def rebuild(
-    view: View, record: StepRecord, settings: BatchSettings, max_staleness: int, agent_match: str | None = None
+    view: View,
+    record: StepRecord,
+    settings: BatchSettings,
+    max_staleness: int,
+    agent_match: str | None = None,
+    policy: str | None = None,
 ) -> pa.Table:
-    """The step's batch under these settings. Raises ConfigError if they leave nothing to train on."""
-    account = settle_again(view, record, settings, max_staleness, agent_match)
+    """The step's batch under these settings, of one of several ``policy``. Raises ConfigError if they leave nothing to
+    train on.
+    """
+    account = settle_again(view, record, settings, max_staleness, agent_match, policy)
     if not account.trained:
         raise ConfigError(
             f"step {record.step}: these settings leave none of its {len(record.group_of)} rollouts to train on: "

@@ -66,7 +66,7 @@ class Beginning:
     checkpoint: Path | None = None
 
     def __str__(self) -> str:
-        return "the initial model" if self.checkpoint is None else f"checkpoints/{self.checkpoint.name}"
+        return "the initial model" if self.checkpoint is None else f"checkpoints/step-{self.step:06d}"
 
 
 def beginning(run: RunFolder, step: int) -> Beginning:
@@ -74,8 +74,9 @@ def beginning(run: RunFolder, step: int) -> Beginning:
     found = [Beginning()]
     for folder in run.checkpoints.glob("step-*"):
         number = folder.name.removeprefix("step-")
-        if number.isdigit() and int(number) <= step and (folder / STATE / PROGRESS).is_file():
-            found.append(Beginning(int(number), folder))
+        part = run.part(folder)
+        if number.isdigit() and int(number) <= step and (part / STATE / PROGRESS).is_file():
+            found.append(Beginning(int(number), part))
     return max(found, key=lambda each: (each.step, each.checkpoint is not None))
 
 

@@ -14,17 +14,22 @@ from lightning_ray.config import build
 from lightning_ray.errors import ConfigError
 from lightning_ray.launch import parse_setting, put
 from lightning_ray.policy.settings import LearningSettings
+from lightning_ray.policy_folder import folder_of, settings_in
+from lightning_ray.run_folder import RunFolder
+from lightning_ray.run_state import ONLY
 
 CHANGEABLE = sorted({*LearningSettings.model_fields, "preset", "batch", "agent_match", "max_staleness"} - {"lora"})
 """Settings of an algorithm that matter between a step's rollouts and its new weights."""
 
 
-def recorded(run: Path) -> dict[str, Any]:
-    """The algorithm's settings in config.json, as plain values. Raises ConfigError if there are none."""
+def recorded(run: Path, policy: str | None = None) -> dict[str, Any]:
+    """The algorithm's settings in config.json, of one of several policies, as plain values. Raises ConfigError if there
+    are none.
+    """
     file = run / "config.json"
     if not file.is_file():
         raise ConfigError(f"{run} has no config.json: give the folder of a run, which has its settings")
-    values = json.loads(file.read_text()).get("algorithm")
+    values = folder_of(run, policy, settings_in(run))[1]
     if not isinstance(values, dict) or "model" not in values:
         raise ConfigError(f"{file}: its algorithm does not train weights; there is no step to replay")
     if (name := values.get("name", "GRPO")) != "GRPO":
@@ -70,12 +75,13 @@ def _check(key: str, value: Any) -> None:
     raise ConfigError(f"--set {key}={value!r}: there is no such setting; {hint}")
 
 
-def model_folder(run: Path, settings: GRPO, given: Path | None = None) -> Path:
+def model_folder(run: Path, settings: GRPO, given: Path | None = None, policy: str | None = None) -> Path:
     """The initial model: as given, the one that the run made in its folder, or the one that its settings name.
 
     Raises ConfigError if there is none.
     """
-    folder = given or (run / "model" if (run / "model").is_dir() else Path(str(settings.model)))
+    made = RunFolder(run).model_of(policy or ONLY)
+    folder = given or (made if made.is_dir() else Path(str(settings.model)))
     if not (folder / "config.json").is_file():
         raise ConfigError(
             f"the run's initial model is not in {str(folder)!r}: say where it is now, with --model FOLDER"

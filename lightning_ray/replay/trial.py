@@ -11,11 +11,11 @@ import pyarrow as pa
 
 from lightning_ray.algorithms.grpo import GRPO
 from lightning_ray.policy.settings import UpdateSettings
+from lightning_ray.policy_folder import folder_of, settings_in
 from lightning_ray.replay import settings as of
 from lightning_ray.replay.batch import View, rebuild
 from lightning_ray.replay.comparison import Line, compare, differing, tolerance_for
 from lightning_ray.replay.record import Beginning, StepRecord, chain
-from lightning_ray.run_folder import RunFolder
 from lightning_ray.store.view import open_folder
 
 
@@ -32,6 +32,8 @@ class Request:
     """Where the initial model is, if not where the run had it."""
     device: Literal["cpu", "cuda"] | None = None
     """Where to train, if not as the run did."""
+    policy: str | None = None
+    """Of several; the first that is trained without one."""
     tolerance: float | None = None
     threads: int = 1
 
@@ -63,11 +65,13 @@ class Batches:
 
     view: View
     settings: GRPO
+    policy: str | None = None
     recounted: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     def __call__(self, record: StepRecord) -> pa.Table:
         settings = self.settings
-        table = rebuild(self.view, record, settings.batch, settings.max_staleness, settings.agent_match)
+        limits = settings.batch, settings.max_staleness
+        table = rebuild(self.view, record, *limits, settings.agent_match, self.policy)
         found = len(table["rollout_id"].unique())
         if found != record.trained:
             self.recounted[record.step] = (record.trained, found)
@@ -78,14 +82,15 @@ def try_again(request: Request) -> Result:
     """Train the step, and those on the way to it. Raises ConfigError and StoreError before anything is trained, or
     where a step on the way cannot be rebuilt.
     """
-    values = of.recorded(request.run)
+    values = of.recorded(request.run, request.policy)
+    run = folder_of(request.run, request.policy, settings_in(request.run))[0]
     own = of.settings_of(values, request.run)
     other = of.changed(values, request.changes) if request.changes else None
-    start, records = chain(RunFolder(request.run), request.step)
-    model = of.model_folder(request.run, own, request.model)
+    start, records = chain(run, request.step)
+    model = of.model_folder(request.run, own, request.model, run.policy)
     view = open_folder(request.store)
-    batches = Batches(view, own)
-    asked = None if other is None else Batches(view, other)(records[-1])
+    batches = Batches(view, own, run.policy)
+    asked = None if other is None else Batches(view, other, run.policy)(records[-1])
 
     from lightning_ray.replay.training import Alternative, train_again
 

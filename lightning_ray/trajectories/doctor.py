@@ -71,6 +71,8 @@ class Facts:
     """Which rollouts were imitated, if they were not compared within their groups."""
     max_staleness: int | None = None
     agent_match: str | None = None
+    policy: str | None = None
+    """Of which of several policies this is."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,8 @@ def examine(view: View, facts: Facts, rollout_id: str | None = None, step: int |
 def _diagnose(view: View, facts: Facts, step: int | None, rollouts: Sequence[Rollout]) -> list[Diagnosis]:
     spans = view.scan_spans([rollout.rollout_id for rollout in rollouts]).combine_chunks()
     last = {r.rollout_id: r.attempt.attempt_id for r in rollouts if isinstance(r, AttemptedRollout)}
-    episodes = read_episodes(rollouts, spans, last, facts.agent_match)
-    evidence = evidence_of(spans, last, facts.agent_match)
+    episodes = read_episodes(rollouts, spans, last, facts.agent_match, facts.policy)
+    evidence = evidence_of(spans, last, facts.agent_match, facts.policy)
     for rollout in rollouts:
         if isinstance(rollout, AttemptedRollout) and rollout.attempt.sequence_id > 1:
             given_up = [each for each in view.query_attempts(rollout.rollout_id) if each != rollout.attempt]
