@@ -117,12 +117,16 @@ def speedup(name: str, concurrency: int | None) -> dict[str, Any]:
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--quick", action="store_true", help="at most 30 rounds rather than 60; one speed-up")
-    quick = arguments.parse_args().quick
+    arguments.add_argument("--only", choices=("evaluations", "speedup"), help="the former need no Ray")
+    given = arguments.parse_args()
+    quick, figures = given.quick, dict[str, Any]()
     with contextlib.redirect_stdout(sys.stderr):
-        with bar() as progress:
-            figures = asyncio.run(compare(30 if quick else 60, progress))
-        figures |= speedup("apo_parallel_speedup", None)
-        if not quick:
+        if given.only != "speedup":
+            with bar() as progress:
+                figures |= asyncio.run(compare(30 if quick else 60, progress))
+        if given.only != "evaluations":
+            figures |= speedup("apo_parallel_speedup", None)
+        if given.only != "evaluations" and not quick:
             figures |= speedup("apo_parallel_speedup_one_rollout_a_runner", 1)
     figures |= circumstances(quick) | {"optimizer": "scripted stand-in", "agent": "simulated"}
     show("prompt search (scripted stand-ins, simulated agent)", GOALS, figures)
