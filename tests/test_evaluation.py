@@ -113,8 +113,12 @@ def test_calls_are_counted_by_endpoint_and_a_clients_own_spans_are_not() -> None
     assert dict(found.turns) == {"policy": 1, "judge": 1}
     assert found.spend["policy"] == Spend(calls=4, errors=1, prompt_tokens=8, completion_tokens=4, money=48.0)
     assert found.spend["judge"] == Spend(calls=1, prompt_tokens=7, completion_tokens=5, money=0.25)
-    [one] = plays_of([episode(1.0)], {"ro": found}, model="policy")
+    [one] = plays_of([episode(1.0)], {"ro": found}, models=("policy",))
     assert (one.turns, one.sampled_tokens, sorted(one.spend)) == (1, 4, ["judge", "policy"])
+    named = spans_to_batch([row("s1", model="writer", **tokens), row("s2", model="editor", **tokens)])
+    calls = calls_by_rollout(pa.Table.from_batches([named]), {"ro": "at-2"}, prices, ["writer", "editor"])
+    [both] = plays_of([episode(1.0)], calls, models=("writer", "editor"))
+    assert dict(calls["ro"].turns) == {"writer": 1, "editor": 1} and both.turns == 2
 
 
 def test_a_report_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -186,13 +190,30 @@ def test_subjects_by_name(tmp_path: Path) -> None:
     assert subject_of(None, trainer).title.endswith("sql, step 40")
     for name, step in (("sql", 40), ("sql@best", 30), ("sql@20", 20), ("sql@latest", 40)):
         found = subject_of(tmp_path / name, trainer)
-        assert found.version == step and found.model == run.checkpoints / f"step-0000{step}"
-    assert subject_of(run.checkpoints / "step-000020", trainer).version == 20
+        assert found.version() == step and found.models == {"policy": run.checkpoints / f"step-0000{step}"}
+    assert subject_of(run.checkpoints / "step-000020", trainer).version() == 20
     for bad, why in (("sql@10", "there are latest, best, initial, 20, 30, 40"), ("sqll@best", "is no folder of a run")):
         with pytest.raises(lr.ConfigError, match=why):
             subject_of(tmp_path / bad, trainer)
-    with pytest.raises(lr.ConfigError, match=r"sql@initial: the model that it began with"):
+    with pytest.raises(lr.ConfigError, match=r"sql@initial: its config.json names no model"):
         subject_of(tmp_path / "sql@initial", trainer)
+
+
+def test_a_checkpoint_of_several_policies_has_a_model_for_each(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "two")
+    run.create(resume=False)
+    writing = run.begin_checkpoint(5)
+    for name in ("writer", "editor"):
+        (writing / name).mkdir(parents=True)
+        for file in ("config.json", "model.safetensors"):
+            (writing / name / file).write_text("{}")
+    run.commit_checkpoint(writing, 5, {"policies": {"writer": {"version": 5}, "editor": {"version": 3}}})
+    found = subject_of(run.path, lr.Trainer())
+    assert {*found.models} == {"writer", "editor"} and not found.alone
+    assert (found.version("writer"), found.version("editor")) == (5, 3)
+    assert found.as_dict()["weight_versions"] == {"editor": 3, "writer": 5}
+    with pytest.raises(lr.ConfigError, match=r"config.json names no model that it began with"):
+        subject_of(f"{run.path}@initial", lr.Trainer())
 
 
 def test_endpoints_as_subjects(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,10 +59,10 @@ def plays_of(
     episodes: Sequence[Episode],
     calls: Mapping[str, Calls] | None = None,
     tags: Tags | None = None,
-    model: str = POLICY,
+    models: Collection[str] = (POLICY,),
 ) -> list[Play]:
-    """The plays of finished rollouts. ``calls`` has what their spans tell by rollout; ``model`` names the endpoint that
-    is evaluated.
+    """The plays of finished rollouts. ``calls`` has what their spans tell by rollout; ``models`` names the endpoints
+    that are evaluated.
     """
     found = []
     for place, episode in enumerate(episodes):
@@ -78,8 +78,8 @@ def plays_of(
                 reward=episode.reward if failure is None else None,
                 failure=failure,
                 reason=reason,
-                turns=episode.calls if made is None else made.turns.get(model, 0),
-                sampled_tokens=episode.sampled_tokens if made is None else made.sampled(model),
+                turns=episode.calls if made is None else sum(made.turns.get(name, 0) for name in models),
+                sampled_tokens=episode.sampled_tokens if made is None else sum(map(made.sampled, models)),
                 seconds=seconds,
                 tags=tuple(dict.fromkeys(map(str, (tags or tags_of)(rollout.input)))),
                 annotations=episode.annotations,
@@ -138,15 +138,19 @@ class Calls:
         return self.spend[endpoint].completion_tokens if endpoint in self.spend else 0
 
 
-def calls_by_rollout(spans: pa.Table, attempts: Mapping[str, str], prices: Prices) -> dict[str, Calls]:
-    """What captured calls took, by rollout: those of the policy, at these prices, and of the relay, at its own.
+def calls_by_rollout(
+    spans: pa.Table, attempts: Mapping[str, str], prices: Prices, several: Collection[str] = ()
+) -> dict[str, Calls]:
+    """What captured calls took, by rollout: those of the policy (or of ``several`` by name), at these prices, and of
+    the relay, at its own.
 
     ``attempts`` names the attempt whose turns count. Calls that only the agent's client told of are not captured.
     """
     again = set(pc.drop_null(spans["parent_id"].filter(pc.equal(spans["name"], SUPERSEDED_SPAN))).to_pylist())
     found: defaultdict[str, Calls] = defaultdict(Calls)
     for call in _captured(spans):
-        endpoint = POLICY if call["own"] else str(call["upstream"])
+        own = call["model"] if call["model"] in several else POLICY
+        endpoint = own if call["own"] else str(call["upstream"])
         calls, usage = found[call["rollout_id"]], Usage.of(call["usage"])
         price = usage.cost(prices) if call["own"] and usage is not None else float(call["cost"] or 0.0)
         ok = call["status"] == "OK"
@@ -161,7 +165,7 @@ def _captured(spans: pa.Table) -> Iterator[dict[str, Any]]:
     own = pc.is_valid(spans["prompt_ids"])
     table = spans.append_column("own", own)
     table = table.filter(pc.or_(own, pc.is_in(spans["name"], names)))
-    table = table.select(["rollout_id", "attempt_id", "span_id", "status", "more", "own"])
+    table = table.select(["rollout_id", "attempt_id", "span_id", "status", "model", "more", "own"])
     for row in table.to_pylist():
         attributes = unpack(row.pop("more")).get("attributes") or {}
         upstream = attributes.get("upstream")

@@ -14,25 +14,24 @@ import time
 import zlib
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_ray.agent import FunctionalLitAgent, LitAgent, name_of
 from lightning_ray.algorithms.grpo import NEUTRAL
 from lightning_ray.cluster import Cluster
-from lightning_ray.config import EngineSettings
-from lightning_ray.errors import ConfigError, SwapError
+from lightning_ray.errors import ConfigError
 from lightning_ray.evaluation.plays import POLICY, Play, Tags, calls_by_rollout, plays_of
 from lightning_ray.evaluation.report import EvaluationReport
+from lightning_ray.evaluation.serving import ServedModels
 from lightning_ray.evaluation.settings import EvaluationSettings, Sampling
 from lightning_ray.evaluation.subject import Subject
-from lightning_ray.policy.loaded import loaded_from
 from lightning_ray.progress import Reporter, Stage, as_current
+from lightning_ray.relay.settings import Upstream
 from lightning_ray.run_folder import RunFolder, write_json
 from lightning_ray.run_rollouts import RunRollouts
+from lightning_ray.run_state import ONLY
 from lightning_ray.store.base import Store
-from lightning_ray.threads import in_thread
-from lightning_ray.types import LLM, Dataset, EnqueueRolloutRequest, NamedResources, ProxyLLM
+from lightning_ray.types import LLM, Dataset, EnqueueRolloutRequest
 
 if TYPE_CHECKING:
     from lightning_ray.trainer import Trainer
@@ -68,8 +67,6 @@ class EvaluationSession:
         self._settings = settings
         self._sampling = settings.chosen_sampling(subject.upstream is not None)
         self._reporter = Reporter()
-        self._engine: EngineSettings = getattr(trainer.algorithm, "engine", EngineSettings())
-        self._model_name: str = getattr(trainer.algorithm, "model_name", POLICY)
         self._told = subject.as_dict()
 
     async def run(self, tasks: Dataset[Any], data: str, folder: RunFolder, tags: Tags | None) -> EvaluationReport:
@@ -81,7 +78,7 @@ class EvaluationSession:
         self._check(tasks)
         folder.create_for_evaluation(README)
         write_json(folder.path / "config.json", {**self._trainer.resolved(), "evaluation": self._settings.model_dump()})
-        relays = dict(self._trainer.relays)
+        relays = dict(self._relays())
         if self._subject.upstream is not None:
             parameters = {**self._subject.upstream.parameters, **PARAMETERS[self._sampling]}
             relays[EVALUATED] = self._subject.upstream.model_copy(update={"parameters": parameters})
@@ -102,12 +99,12 @@ class EvaluationSession:
         if not len(tasks):
             raise ConfigError("there is no task to evaluate on (length 0); give at least one")
         needs_llm = isinstance(self._agent, FunctionalLitAgent) and "llm" in self._agent.needs
-        if self._subject.model is None and self._subject.upstream is None and needs_llm:
+        if not self._subject.models and self._subject.upstream is None and needs_llm:
             raise ConfigError(
                 f"agent {name_of(self._agent)!r} has a parameter 'llm', and there is no model to evaluate: name a run, "
                 "a folder or an endpoint, or give the trainer an algorithm or initial_resources with one"
             )
-        if EVALUATED in self._trainer.relays:
+        if EVALUATED in self._relays():
             raise ConfigError(f"relay {EVALUATED!r}: an evaluation needs the name for its endpoint; take another")
 
     async def _start(self, cluster: Cluster, folder: RunFolder) -> tuple[Store, RunRollouts]:
@@ -117,9 +114,14 @@ class EvaluationSession:
             store = cluster.start_store(folder.store)
             await store.statistics()
             write_json(folder.path / "ray.json", cluster.whereabouts())
-        main = await self._serve(cluster, folder)
+        main, proof = await ServedModels(trainer.algorithm, self._subject, self._reporter).serve(cluster, folder)
+        if proof:
+            self._told["proof"] = proof[ONLY] if self._subject.alone else proof
+        sampling = {} if self._sampling == "agent" else {**PARAMETERS[self._sampling], **NEUTRAL}
+        main = {name: each.model_copy(update={"sampling_parameters": sampling}) for name, each in main.items()}
         relayed: dict[str, Any] = await cluster.start_relay()
-        main |= {"main_llm": relayed.pop(EVALUATED)} if EVALUATED in relayed else {}
+        if EVALUATED in relayed:
+            main = {"main_llm": relayed.pop(EVALUATED)}
         others = {name: value for name, value in (trainer.initial_resources or {}).items() if name not in main}
         if main:
             others = {name: value for name, value in others.items() if not isinstance(value, LLM)}
@@ -129,37 +131,31 @@ class EvaluationSession:
         cluster.start_runners(self._agent, trainer.runner_settings(), trainer.hooks)
         return store, RunRollouts(store, cluster.failure, settings.timeout_seconds, settings.max_attempts)
 
-    async def _serve(self, cluster: Cluster, folder: RunFolder) -> NamedResources:
-        """The subject's model on vLLM, proved if its folder says how."""
-        subject = self._subject
-        if subject.model is None:
-            return {}
-        model = subject.model
-        if not isinstance(model, Path):
-            made = folder.path / "model"
-            with self._reporter.stage("warm start") as stage, as_current(stage):
-                await in_thread(model, made)
-            model = made
-        loaded = loaded_from(model, subject.version, self._engine.logprob_tolerance)
-        with self._reporter.stage("engine up"):
-            endpoint = await cluster.start_policy(model, self._model_name, self._engine, loaded)
-            for replica in await cluster.replicas("describe"):
-                if not replica["proved"]:
-                    raise SwapError(loaded.refusal(model, replica["replica_id"], replica["loaded_diff"]))
-                self._told["proof"] = loaded.proof(replica["loaded_diff"])
-        sampling = {} if self._sampling == "agent" else {**PARAMETERS[self._sampling], **NEUTRAL}
-        return {"main_llm": ProxyLLM(**{**endpoint.model_dump(), "sampling_parameters": sampling})}
+    def _relays(self) -> dict[str, Upstream]:
+        """What the relay reaches beside an endpoint that is evaluated: those of the algorithm's policies too."""
+        algorithm, given = self._trainer.algorithm, self._trainer.relays
+        several = self._subject.models and not self._subject.alone
+        return algorithm.relays(given) if algorithm is not None and several else dict(given)
 
     def _requests(self, rollouts: RunRollouts, tasks: Dataset[Any]) -> list[EnqueueRolloutRequest]:
         """Every task so often, all tasks once before any twice."""
         requests = []
         for sample in range(self._settings.samples):
             for task in range(len(tasks)):
-                metadata: dict[str, Any] = {"task": task, "sample": sample, "weight_version": self._subject.version}
+                metadata: dict[str, Any] = {"task": task, "sample": sample}
+                if self._subject.models:
+                    metadata |= self._versions()
                 if self._settings.seed is not None:
                     metadata["seed"] = zlib.crc32(f"{self._settings.seed} {task} {sample}".encode())
                 requests.append(rollouts.request(tasks[task], "val", "evaluated", metadata))
         return requests
+
+    def _versions(self) -> dict[str, Any]:
+        """Of the weights, as a run's rollouts tell it."""
+        subject = self._subject
+        if subject.alone:
+            return {"weight_version": subject.version()}
+        return {"weight_versions": {name: subject.version(name) for name in subject.models}}
 
     async def _play(
         self,
@@ -177,11 +173,19 @@ class EvaluationSession:
             for ids in _portions([str(each.rollout_id) for each in requests], self._slots()):
                 await rollouts.wait_for(ids)
                 ended = await rollouts.read(ids)
-                calls = calls_by_rollout(ended.spans, ended.attempts, self._settings)
-                plays += plays_of(ended.episodes(), calls, tags, POLICY if self._subject.model else EVALUATED)
+                calls = calls_by_rollout(ended.spans, ended.attempts, self._settings, self._several())
+                plays += plays_of(ended.episodes(), calls, tags, self._several() or self._counted())
         finally:
             telling.cancel()
         return plays
+
+    def _several(self) -> list[str]:
+        """The policies' names, where there are several."""
+        return [] if self._subject.alone else list(self._subject.models)
+
+    def _counted(self) -> tuple[str]:
+        """The endpoint whose calls are the turns."""
+        return (POLICY,) if self._subject.upstream is None else (EVALUATED,)
 
     def _slots(self) -> int:
         return self._trainer.n_runners * self._trainer.concurrency

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import SecretStr
 
 from lightning_ray.errors import ConfigError
-from lightning_ray.policy.model_folder import check_model_folder
+from lightning_ray.policy.model_folder import ADAPTER_CONFIG, check_model_folder
 from lightning_ray.relay.settings import Upstream
 from lightning_ray.run_folder import RunFolder
-from lightning_ray.run_state import RunState
+from lightning_ray.run_state import ONLY, RunState
 from lightning_ray.types import LLM
 
 if TYPE_CHECKING:
@@ -25,24 +25,40 @@ Of = str | Path | Upstream | None
 LATEST, BEST, INITIAL = "latest", "best", "initial"
 
 
+Model = Path | Callable[[Path], None]
+"""A folder, or what makes one in the folder that it is given."""
+
+
 @dataclass(frozen=True)
 class Subject:
-    """One of ``model`` (a folder, or what makes one in the folder that it is given) and ``upstream``; or neither, for
-    an agent that calls no model of ours.
+    """``models`` by policy (the only one of a run is ``ONLY``), or an ``upstream``; or neither, for an agent that calls
+    no model of ours.
     """
 
     title: str
-    model: Path | Callable[[Path], None] | None = None
+    models: Mapping[str, Model] = field(default_factory=dict)
     upstream: Upstream | None = None
-    version: int = 0
-    """The weights' number in their run."""
+    versions: Mapping[str, int] = field(default_factory=dict)
+    """The weights' numbers in their run, by policy; 0 if not told."""
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is one model, which goes by no name."""
+        return list(self.models) == [ONLY]
+
+    def version(self, policy: str = ONLY) -> int:
+        """Of a policy's weights."""
+        return self.versions.get(policy, 0)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, without a key."""
         told: dict[str, Any] = {"title": self.title}
-        if self.model is not None:
-            told |= {"model": str(self.model) if isinstance(self.model, Path) else "made on the spot"}
-            told |= {"weight_version": self.version}
+        models = {name: str(made) if isinstance(made, Path) else "made" for name, made in self.models.items()}
+        versions = {name: self.version(name) for name in self.models}
+        if self.alone:
+            told |= {"model": models[ONLY], "weight_version": versions[ONLY]}
+        elif models:
+            told |= {"models": models, "weight_versions": versions}
         if self.upstream is not None:
             told |= {"endpoint": self.upstream.base_url, "model": self.upstream.model}
         return told
@@ -61,11 +77,8 @@ def subject_of(of: Of, trainer: Trainer) -> Subject:
         return _folder(str(of))
     if RunFolder(trainer.folder).latest_checkpoint() is not None:
         return checkpoint(trainer.folder, LATEST)
-    model = getattr(trainer.algorithm, "model", None)
-    if callable(model):
-        return Subject("the initial model", model)
-    if model is not None:
-        return Subject(f"the initial model {model}", check_model_folder(str(model), "algorithm.model"))
+    if models := initial_models(trainer):
+        return Subject("the initial model" if ONLY in models else "the initial models", models)
     for name, resource in (trainer.initial_resources or {}).items():
         if isinstance(resource, LLM):
             key = resource.api_key
@@ -74,6 +87,20 @@ def subject_of(of: Of, trainer: Trainer) -> Subject:
             )
             return Subject(f"{name}: {resource.model} at {resource.endpoint}", upstream=upstream)
     return Subject("the agent alone")
+
+
+def initial_models(trainer: Trainer) -> dict[str, Model]:
+    """Of the trainer's algorithm, by policy. Raises ConfigError for a folder that has no model."""
+    from lightning_ray.algorithms.weights import WeightAlgorithm
+
+    algorithm = trainer.algorithm
+    if not isinstance(algorithm, WeightAlgorithm):
+        return {}
+    found: dict[str, Model] = {}
+    for name, own in {**algorithm.trained(), **algorithm.frozen()}.items():
+        if own.model is not None:
+            found[name] = own.model if callable(own.model) else check_model_folder(str(own.model), "algorithm.model")
+    return found
 
 
 def endpoint(upstream: Upstream) -> Subject:
@@ -94,8 +121,26 @@ def _folder(text: str) -> Subject:
             f"{text!r} is no folder of a run and no folder of a model; give one, as runs/sql, runs/sql@best, "
             "runs/sql/checkpoints/step-000030, or an lr.Upstream for an endpoint"
         )
-    check_model_folder(str(folder), "the model to evaluate")
-    return Subject(str(folder), folder.absolute(), version=_version(folder))
+    return _checkpointed(str(folder), folder)
+
+
+def _checkpointed(title: str, folder: Path) -> Subject:
+    """A model's folder, or one with a folder for each of several policies. LoRA adapters are merged where they are
+    served.
+    """
+    parts = {part.name: part for part in sorted(folder.iterdir()) if _holds_model(part)}
+    models = {ONLY: folder} if _holds_model(folder) or not parts else parts
+    for model in models.values():
+        if not (model / ADAPTER_CONFIG).is_file():
+            check_model_folder(str(model), "the model to evaluate")
+    state = _read(folder / "run_state.json")
+    policies = RunState.of(state).policies if state else {}
+    versions = {name: known.version for name, known in policies.items()}
+    return Subject(title, {name: model.absolute() for name, model in models.items()}, versions=versions)
+
+
+def _holds_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file() or (folder / ADAPTER_CONFIG).is_file()
 
 
 def checkpoint(run: Path, which: str) -> Subject:
@@ -118,19 +163,24 @@ def checkpoint(run: Path, which: str) -> Subject:
             f"{run}@{which}: there is no such checkpoint; there are {LATEST}, {BEST}, {INITIAL}, "
             f"{', '.join(map(str, kept))}"
         )
-    check_model_folder(str(chosen), f"{run}@{which}")
-    return Subject(f"{run}, step {int(chosen.name.removeprefix('step-'))}", chosen.absolute(), version=_version(chosen))
+    return _checkpointed(f"{run}, step {int(chosen.name.removeprefix('step-'))}", chosen)
 
 
 def _initial(run: Path) -> Subject:
     """The model that a run began with."""
-    model = run / "model"
-    if not model.is_dir():
-        named = (_read(run / "config.json").get("algorithm") or {}).get("model")
-        if not isinstance(named, str) or not Path(named).is_dir():
-            raise ConfigError(f"{run}@{INITIAL}: the model that it began with ({named!r}) is not there")
-        model = Path(named)
-    return Subject(f"{run}, initial model", check_model_folder(str(model), f"{run}@{INITIAL}").absolute())
+    folder = RunFolder(run)
+    settings = _read(run / "config.json").get("algorithm") or {}
+    named = settings.get("policies") or {ONLY: settings}
+    found: dict[str, Model] = {}
+    for name, values in named.items():
+        if "model" in values:
+            made = [path for path in (folder.model_of(name), Path(str(values["model"]))) if path.is_dir()]
+            if not made:
+                raise ConfigError(f"{run}@{INITIAL}: the model that it began with ({values['model']!r}) is not there")
+            found[name] = check_model_folder(str(made[0]), f"{run}@{INITIAL}").absolute()
+    if not found:
+        raise ConfigError(f"{run}@{INITIAL}: its config.json names no model that it began with")
+    return Subject(f"{run}, as it began", found)
 
 
 def _best(folder: RunFolder, kept: Mapping[int, Path]) -> int:
@@ -143,11 +193,6 @@ def _best(folder: RunFolder, kept: Mapping[int, Path]) -> int:
             "val_dataset and validate_every, or name a step"
         )
     return max(rewards, key=lambda step: (rewards[step], step))
-
-
-def _version(folder: Path) -> int:
-    state = _read(folder / "run_state.json")
-    return RunState.of(state).version if state else 0
 
 
 def _read(file: Path) -> dict[str, Any]:
