@@ -50,12 +50,14 @@ def export(
     decode: Decode | None = None,
     tokens: bool = False,
     reward_weights: dict[str, float] | None = None,
+    policy: str | None = None,
 ) -> tuple[Iterator[dict[str, Any]], Counts]:
     """The lines, and what is counted while they are taken. ``decode`` gives the text of what was sampled where no
     client was traced that got it as a message. With ``tokens``, columns have ``token_ids`` and ``mask`` too. The reward
-    is the primary one, or the sum that the weights make of its dimensions.
+    is the primary one, or the sum that the weights make of its dimensions. With ``policy``, the calls and the reward of
+    this one of several.
     """
-    episodes = [episode for portion in read_recorded(view) for episode in portion.episodes(agent_match)]
+    episodes = [episode for portion in read_recorded(view) for episode in portion.episodes(agent_match, policy)]
     group_of = {episode.rollout_id: task_of(episode.rollout) for episode in episodes}
     account = keep_best(episodes, group_of, keep, BatchSettings(reward_weights=reward_weights))
     counts = Counts(len(episodes), len(account.trained), account.drops_by_reason())

@@ -33,6 +33,7 @@ def add_export_command(commands: Any) -> None:
     command.add_argument("--min-reward", type=float, metavar="X", help="only rollouts with at least this reward")
     command.add_argument("--top", type=float, default=1.0, metavar="SHARE", help="of each task the best, 0 to 1")
     command.add_argument("--agent", metavar="REGEX", help="only calls of agents in whose name it is found")
+    command.add_argument("--policy", metavar="NAME", help="of several policies (default: the first that is trained)")
     command.add_argument("--tokens", action="store_true", help="columns token_ids and mask (huggingface only)")
 
 
@@ -53,9 +54,18 @@ def export_command(given: argparse.Namespace) -> int:
     keep = build(Keep, {"top_share": given.top, "min_reward": given.min_reward}, "")
     store = store_folder(given.folder)
     run = store.parent if store.name == "store" else store
-    decode = load_decode(run, special=False)
-    weights = read_facts(run).batch.reward_weights
-    lines, counts = export(open_run(given.folder), given.format, keep, given.agent, decode, given.tokens, weights)
+    decode = load_decode(run, special=False, policy=given.policy)
+    facts = read_facts(run, given.policy)
+    lines, counts = export(
+        open_run(given.folder),
+        given.format,
+        keep,
+        given.agent,
+        decode,
+        given.tokens,
+        facts.batch.reward_weights,
+        facts.policy,
+    )
     write_lines(lines, given.output)
     left_out = "".join(f", {reason} {count}" for reason, count in sorted(counts.dropped.items()))
     print(

@@ -41,9 +41,9 @@ class Recorded:
     attempts: dict[str, str]
     """The attempt that counts for each rollout."""
 
-    def episodes(self, agent_match: str | None = None) -> list[Episode]:
+    def episodes(self, agent_match: str | None = None, policy: str | None = None) -> list[Episode]:
         """In their order; see ``read_episodes``."""
-        return read_episodes(self.rollouts, self.spans, self.attempts, agent_match)
+        return read_episodes(self.rollouts, self.spans, self.attempts, agent_match, policy)
 
 
 def open_run(folder: Path) -> View:
@@ -80,16 +80,16 @@ def task_of(rollout: Rollout) -> str:
     return json.dumps(rollout.input, sort_keys=True, default=repr)
 
 
-def check_same_tokenizer(run: Path, model: Path) -> None:
+def check_same_tokenizer(run: RunFolder, model: Path) -> None:
     """Raises ConfigError if the run is known to have had another tokenizer than the model: its ids are other words."""
-    latest = RunFolder(run).latest_checkpoint()
-    progress = None if latest is None else latest / STATE / PROGRESS
+    latest = run.latest_checkpoint()
+    progress = None if latest is None else run.part(latest) / STATE / PROGRESS
     if progress is None or not progress.is_file():
         return
     recorded, own = json.loads(progress.read_text()).get("tokenizer"), tokenizer_hash(model)
     if recorded not in (None, own):
         raise ConfigError(
-            f"{run} was played with another tokenizer (sha256 {recorded[:12]}) than the model {model} has "
+            f"{run.path} was played with another tokenizer (sha256 {recorded[:12]}) than the model {model} has "
             f"({own[:12]}): its token ids are other words. Train the model that the run had, or export the run's "
             "conversations (lightning-ray export) and give their file, which is tokenized anew"
         )

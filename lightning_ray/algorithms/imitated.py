@@ -12,6 +12,7 @@ from lightning_ray.conversations.files import Conversation, read_conversations
 from lightning_ray.conversations.rendering import Renderer
 from lightning_ray.data import Epochs
 from lightning_ray.errors import ConfigError
+from lightning_ray.policy_folder import folder_of, settings_in
 from lightning_ray.recorded import check_same_tokenizer, open_run, read_recorded, task_of
 from lightning_ray.threads import in_thread
 from lightning_ray.trajectories.episode import Episode
@@ -71,6 +72,7 @@ def check_data(settings: SFT) -> None:
     for path in settings.data:
         if path.is_dir():
             open_run(path)
+            folder_of(path, settings.data_policy, settings_in(path))
         elif not path.is_file():
             raise ConfigError(f"data={str(path)!r} is not there; give the folder of a run, or a JSONL file")
         elif (first := next(read_conversations(path), None)) is None:
@@ -97,9 +99,10 @@ def read_data(settings: SFT, model: Path) -> Groups:
 
 
 def _recorded(folder: Path, settings: SFT, model: Path) -> Iterator[tuple[str, Episode]]:
-    check_same_tokenizer(folder, model)
+    run, _ = folder_of(folder, settings.data_policy, settings_in(folder))
+    check_same_tokenizer(run, model)
     for portion in read_recorded(open_run(folder)):
-        for episode in portion.episodes(settings.agent_match):
+        for episode in portion.episodes(settings.agent_match, run.policy):
             yield task_of(episode.rollout), episode
 
 

@@ -36,6 +36,8 @@ class SFT(WeightAlgorithm):
     data: tuple[Path, ...] = ()
     """What is imitated, if it is not played: folders of runs, whose training rollouts are read from their stores, and
     JSONL files of conversations (``messages``, optionally ``tools``), rendered by the model's chat template."""
+    data_policy: str | None = None
+    """Whose calls of a run in ``data`` that had several policies; by default the first's that was trained."""
     keep: Keep = Keep(top_share=0.25)
     """Which rollouts are trained on."""
     steps: int = Field(default=1, ge=0)
