@@ -23,6 +23,7 @@ LIGHT, BLUE, ORANGE, DARK_ORANGE, GREEN, PURPLE, GREY = (
 PHASES = {
     "rollouts": ("waiting for rollouts", "#9ecae1"),
     "settle": ("settle", "#6baed6"),
+    "teacher": ("teacher", "#dadaeb"),
     "update": ("update", "#fd8d3c"),
     "swap": ("swap", "#d94801"),
     "validate": ("validate", "#74c476"),
@@ -39,7 +40,8 @@ def plot_reward(rows: list[Row], path: Path, title: str) -> None:
     figure, axes = plt.subplots(figsize=(7, 4))
     _reward_panel(axes, rows)
     axes.set(xlabel="step", ylabel="mean reward", title=title)
-    axes.legend(loc="lower right")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="lower right")
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -106,12 +108,14 @@ def _reward_panel(axes: Any, rows: list[Row]) -> None:
 
 
 def _policy_panel(axes: Any, rows: list[Row]) -> None:
-    """Entropy to the left, divergences to the right."""
+    """Entropy to the left, with what is imitated its likelihood; divergences to the right."""
     _line(axes, rows, "update.entropy", BLUE, "entropy")
+    _line(axes, rows, "update.nll", GREEN, "negative log-likelihood")
     axes.set_ylabel("nats per token (entropy)")
     right = axes.twinx()
     _line(right, rows, "update.approx_kl", ORANGE, "KL, engine to trainer")
     _line(right, rows, "update.reference_kl", PURPLE, "KL, reference")
+    _line(right, rows, "update.teacher_kl", GREY, "KL, teacher")
     right.set_ylabel("nats per token (KL)")
     _finish(axes, right)
 

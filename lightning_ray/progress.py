@@ -21,6 +21,8 @@ FURTHER = {
     "time.rollouts": "waiting {:.0%}",
     "turns": "turns {:.1f}",
     "update.entropy": "entropy {:.2f}",
+    "update.nll": "nll {:.3f}",
+    "update.teacher_kl": "teacher {:.3f}",
     "update.staleness_mean": "age {:.1f}",
 }
 """What the line of a step tells last, unless it is 0 or not known."""
