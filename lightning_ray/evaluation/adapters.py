@@ -22,7 +22,7 @@ def merge_adapter(checkpoint: Path, target: Path) -> None:
     named = json.loads((checkpoint / ADAPTER_CONFIG).read_text()).get("base_model_name_or_path")
     if not named or not Path(named).is_dir():
         raise ConfigError(
-            f"{checkpoint} is a LoRA adapter of {named!r}, and that is no folder: put the base back there"
+            f"{checkpoint} is a LoRA adapter of {named!r}, which is no folder: put its base back there"
         )
     base = check_model_folder(str(named), "the adapter's base")
     logging.disable_progress_bar()

@@ -65,10 +65,9 @@ class ServedModels:
         """Those of the subject; beside several policies that were trained, those that were not."""
         models = dict(self._subject.models)
         if isinstance(self._algorithm, WeightAlgorithm) and models and not self._subject.alone:
-            frozen = {name: own.model for name, own in self._algorithm.frozen().items() if name not in models}
-            models |= {
-                name: Path(model) if isinstance(model, str) else model for name, model in frozen.items() if model
-            }
+            for name, own in self._algorithm.frozen().items():
+                if name not in models and own.model is not None:
+                    models[name] = own.model if callable(own.model) else Path(own.model)
         return models
 
     async def _folders(self, folder: RunFolder) -> dict[str, Path]:
