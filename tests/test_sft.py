@@ -181,3 +181,19 @@ def test_the_doctor_knows_what_was_kept_and_what_a_filter_did(tmp_path: Path) ->
     verdicts = {each.rollout_id: each.reason for each in report.diagnoses}
     assert verdicts == {"a": "below_min_reward", "b": "filtered_out", "c": "trained", "d": "not_among_best"}
     assert report.contradictions == []
+
+
+async def test_of_a_run_with_several_policies_one_is_imitated(tmp_path: Path, model: Path) -> None:
+    bench = Bench(tmp_path / "run" / "store")
+    calls = [{**model_call("", [1, 2], [3 + index]), "model": name} for index, name in enumerate(("writer", "editor"))]
+    bench.rollout("a", *calls, reward=1.0)
+    bench.store.close()
+    policies = {name: {"trainable": True, "agents": name, "model": "m"} for name in ("writer", "editor")}
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"algorithm": {"name": "GRPO", "policies": policies}}))
+    for chosen, sampled in ((None, 3), ("writer", 3), ("editor", 4)):
+        reading = source(lr.SFT(model=model, data=tmp_path / "run", data_policy=chosen), model)
+        await reading.begin()
+        [row] = (await reading.collect(0)).batch()["token_ids"].to_pylist()
+        assert row == [1, 2, sampled]
+    with pytest.raises(lr.ConfigError, match="there is no such policy; did you mean 'editor'"):
+        check(lr.SFT(model=model, data=tmp_path / "run", data_policy="editer"))
