@@ -44,7 +44,7 @@ async def evaluations(seed: int, rounds: int, selection: str, reads: bool) -> tu
     goal = score(oracle(seed), test) - WITHIN
     with ScriptedModel(StandIn(seed, reads)) as model, tempfile.TemporaryDirectory() as folder:
         apo: Any = lr.APO(
-            model.client(), beam_rounds=rounds, selection=selection, seed=seed, merges=0, target_score=1.0, **SETTINGS
+            model.client(), beam_rounds=rounds, selection=selection, seed=seed, target_score=1.0, **SETTINGS
         )
         await search(Path(folder), apo, train, val, clerk, PROMPT, timeout=600)
     state = apo._outcome.state

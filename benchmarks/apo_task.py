@@ -7,7 +7,7 @@ the share of fields that are as the style has them; the grader notes what it wan
 
 The optimising models are scripted stand-ins behind a real HTTP endpoint, with the same edits: one sentence put in, in
 place of an older one about that field. One reads a failure in what its critique was shown and infers the sentence, and
-in a quarter of the cases errs and takes any; the other takes any always.
+in a quarter of the cases errs and takes any; the other takes any always. A merge has the sentences of both.
 """
 
 from __future__ import annotations
@@ -108,6 +108,9 @@ class StandIn:
         question = body["messages"][0]["content"]
         if kind_of(body) == "critique":
             return self._critique(question)
+        if kind_of(body) == "merge":
+            told = dict(_RULE.findall(part(question, "second"))) | dict(_RULE.findall(part(question, "first")))
+            return f"<template>\n{' '.join([SEED, *(sentence(*rule) for rule in told.items())])}\n</template>"
         rule = _RULE.search(part(question, "review"))
         assert rule is not None
         kept = re.sub(rf" ?Write the {rule[1]} [a-z ]+\.", "", part(question, "instructions"))

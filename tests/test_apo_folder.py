@@ -48,7 +48,7 @@ async def test_a_search_that_was_broken_off_goes_on_from_its_round_as_if_it_had_
     assert [row["step"] for row in folder.metrics()] == [1, 2, 3, 4]
 
 
-async def test_another_seed_cannot_take_up_a_run(tmp_path: Path) -> None:
+async def test_other_templates_or_tasks_cannot_take_up_a_run(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     with ScriptedModel(wishes) as model:
         in_folder(apo := make(model, beam_rounds=1), folder)
@@ -58,6 +58,9 @@ async def test_another_seed_cannot_take_up_a_run(tmp_path: Path) -> None:
             await search(
                 tmp_path / "run/store", other, TRAIN, VAL, resources={"p": lr.PromptTemplate(template="Go {task}")}
             )
+        in_folder(other := make(model), folder, resume=True)
+        with pytest.raises(lr.ConfigError, match="val_dataset has 1 tasks, and had 6"):
+            await search(tmp_path / "run/store", other, TRAIN, VAL[:1])
 
 
 class Page(HTMLParser):

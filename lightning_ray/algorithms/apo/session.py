@@ -39,7 +39,7 @@ class Session:
         self._optimizer = self._relayed()
         self._templates = templates_of(self._resources)
         self._resumes = run is not None and settings.get_trainer().resume
-        self.state = self._begin()
+        self.state = self._begin(len(val))
         settings._outcome.state = self.state
         self._stage: Stage | None = None
         self._scorer = Scorer(settings.get_store(), settings, self.state, self._resources, self._progress)
@@ -69,10 +69,10 @@ class Session:
             await self._keep()
         self._tell_end()
 
-    def _begin(self) -> SearchState:
-        """Where the run was, or the seed. Raises ConfigError if the run had other templates."""
+    def _begin(self, val_tasks: int) -> SearchState:
+        """Where the run was, or the seed. Raises ConfigError if the run had other templates or tasks."""
         if not self._resumes:
-            state = SearchState()
+            state = SearchState(val_tasks=val_tasks)
             state.add(Candidate(version="v0", templates=self._templates))
             state.beam = ["v0"]
             return state
@@ -83,6 +83,11 @@ class Session:
             raise ConfigError(
                 f"--resume: the run began with other templates ({sorted(seed)}) than initial_resources have now "
                 f"({sorted(self._templates)}, or their text differs); give those, or start a run of another name"
+            )
+        if state.val_tasks != val_tasks:
+            raise ConfigError(
+                f"--resume: val_dataset has {val_tasks} tasks, and had {state.val_tasks} when the run began; give the "
+                "same, or start a run of another name"
             )
         self._run.folder.truncate_metrics(state.round)
         state.stopped = None

@@ -45,6 +45,8 @@ class SearchState(BaseModel):
     best_score: float | None = None
     """Mean reward over the validation tasks; None before it was validated."""
     seed_score: float | None = None
+    val_tasks: int = 0
+    """Length of the validation set, whose tasks rewards are kept for by index."""
     merged: list[tuple[str, str]] = Field(default_factory=list)
     """Pairs that were merged, or could not be."""
     train_batches: int = 0
