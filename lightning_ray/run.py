@@ -318,6 +318,8 @@ class Run:
                 "mode": mode,
                 "step": self.state.step,
                 "reward": figures.reward,
+                "low": figures.low,
+                "high": figures.high,
                 "turns": figures.turns,
                 "failed": figures.failed,
                 **{f"annotation.{key}": value for key, value in figures.annotations.items()},

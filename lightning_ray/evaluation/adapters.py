@@ -21,9 +21,7 @@ def merge_adapter(checkpoint: Path, target: Path) -> None:
 
     named = json.loads((checkpoint / ADAPTER_CONFIG).read_text()).get("base_model_name_or_path")
     if not named or not Path(named).is_dir():
-        raise ConfigError(
-            f"{checkpoint} is a LoRA adapter of {named!r}, which is no folder: put its base back there"
-        )
+        raise ConfigError(f"{checkpoint} is a LoRA adapter of {named!r}, which is no folder: put its base back there")
     base = check_model_folder(str(named), "the adapter's base")
     logging.disable_progress_bar()
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype="float32"), str(checkpoint))

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning_ray.algorithms.base import Algorithm
 from lightning_ray.algorithms.weights import WeightAlgorithm
-from lightning_ray.cluster import Cluster
+from lightning_ray.cluster import Cluster, check_memory, check_port
 from lightning_ray.config import EngineSettings
 from lightning_ray.errors import ConfigError, SwapError
 from lightning_ray.evaluation.adapters import merge_adapter
@@ -29,6 +29,14 @@ class ServedModels:
         self._algorithm = algorithm
         self._subject = subject
         self._reporter = reporter
+
+    def check(self, local: bool) -> None:
+        """Raises ConfigError for a port that is taken and, where Ray is ours and on this machine, too little memory."""
+        engines = [self._settings(policy)[1] for policy in self._models()]
+        for engine in engines:
+            check_port(engine)
+        if local and engines:
+            check_memory(engines, 0)
 
     async def serve(self, cluster: Cluster, folder: RunFolder) -> tuple[dict[str, ProxyLLM], dict[str, Any]]:
         """The endpoints by the names under which agents find them, and what vouches for each policy's weights.

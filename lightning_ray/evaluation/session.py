@@ -76,16 +76,14 @@ class EvaluationSession:
         InfrastructureError past a deadline.
         """
         self._check(tasks)
+        cluster = self._cluster()
+        served = ServedModels(self._trainer.algorithm, self._subject, self._reporter)
+        served.check(cluster.owned)
         folder.create_for_evaluation(README)
         write_json(folder.path / "config.json", {**self._trainer.resolved(), "evaluation": self._settings.model_dump()})
-        relays = dict(self._relays())
-        if self._subject.upstream is not None:
-            parameters = {**self._subject.upstream.parameters, **PARAMETERS[self._sampling]}
-            relays[EVALUATED] = self._subject.upstream.model_copy(update={"parameters": parameters})
-        cluster = Cluster(self._trainer.address, relays=relays)
         began = time.perf_counter()
         try:
-            store, rollouts = await self._start(cluster, folder)
+            store, rollouts = await self._start(cluster, served, folder)
             with self._reporter.stage(f"{len(tasks)} tasks x {self._settings.samples}") as stage, as_current(stage):
                 plays = await self._play(store, rollouts, self._requests(rollouts, tasks), tags, stage)
         finally:
@@ -94,6 +92,13 @@ class EvaluationSession:
         report = EvaluationReport(folder.path, self._told, data, self._settings, self._sampling, plays, seconds)
         report.write()
         return report
+
+    def _cluster(self) -> Cluster:
+        relays = dict(self._relays())
+        if self._subject.upstream is not None:
+            parameters = {**self._subject.upstream.parameters, **PARAMETERS[self._sampling]}
+            relays[EVALUATED] = self._subject.upstream.model_copy(update={"parameters": parameters})
+        return Cluster(self._trainer.address, relays=relays)
 
     def _check(self, tasks: Dataset[Any]) -> None:
         if not len(tasks):
@@ -107,14 +112,14 @@ class EvaluationSession:
         if EVALUATED in self._relays():
             raise ConfigError(f"relay {EVALUATED!r}: an evaluation needs the name for its endpoint; take another")
 
-    async def _start(self, cluster: Cluster, folder: RunFolder) -> tuple[Store, RunRollouts]:
+    async def _start(self, cluster: Cluster, served: ServedModels, folder: RunFolder) -> tuple[Store, RunRollouts]:
         settings, trainer = self._settings, self._trainer
         with self._reporter.stage("Ray and span store"):
             cluster.start_ray()
             store = cluster.start_store(folder.store)
             await store.statistics()
             write_json(folder.path / "ray.json", cluster.whereabouts())
-        main, proof = await ServedModels(trainer.algorithm, self._subject, self._reporter).serve(cluster, folder)
+        main, proof = await served.serve(cluster, folder)
         if proof:
             self._told["proof"] = proof[ONLY] if self._subject.alone else proof
         sampling = {} if self._sampling == "agent" else {**PARAMETERS[self._sampling], **NEUTRAL}
