@@ -190,6 +190,19 @@ async def test_a_function_with_a_model_declares_settings() -> None:
         lr.algo(model="m", stepz=3)(given.update)
 
 
+def test_a_replay_knows_an_algorithm_of_ones_own_by_its_base(tmp_path: Path) -> None:
+    from lightning_ray.replay.settings import recorded, settings_of
+
+    class Mine(lr.TrainingAlgorithm):
+        width: int = 3
+
+    made = Mine(model="m", group_size=1, loss="gpg", learning_rate=0.5)
+    config = {"algorithm": {"name": "Mine", **made.settings()}}
+    (tmp_path / "config.json").write_text(json.dumps(config, default=str))
+    again = settings_of(recorded(tmp_path), tmp_path)
+    assert (again.loss, again.learning_rate, again.model) == ("gpg", 0.5, "m")
+
+
 def test_an_algorithm_that_trains_is_async() -> None:
     @lr.algo(model="m")
     def mine(session: Any) -> None: ...

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from lightning_ray.trajectories.account import Account
     from lightning_ray.trajectories.episode import Episode
 
+OWN = "TrainingAlgorithm"
+"""What config.json names as the ``base`` of such an algorithm."""
+
 
 class TrainingAlgorithm(WeightAlgorithm, LearningSettings):
     """Override ``async def run(self, train_dataset, val_dataset)``, over ``self.get_session()``.
@@ -40,6 +43,10 @@ class TrainingAlgorithm(WeightAlgorithm, LearningSettings):
     def set_session(self, session: TrainingSession) -> None:
         """Attach what it trains with."""
         self._session = session
+
+    def settings(self) -> dict[str, Any]:
+        """The fields, and what it is."""
+        return {**super().settings(), "base": OWN}
 
     def settle(self, episodes: Sequence[Episode], group_of: Mapping[str, str], oldest_version: int | None) -> Account:
         """Groups whose rewards differ, as ``batch`` has it."""

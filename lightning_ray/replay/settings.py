@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_ray.algorithms.grpo import GRPO
+from lightning_ray.algorithms.own import OWN
 from lightning_ray.algorithms.presets import PRESETS, take_out
 from lightning_ray.config import build
 from lightning_ray.errors import ConfigError
@@ -32,8 +33,14 @@ def recorded(run: Path, policy: str | None = None) -> dict[str, Any]:
     values = folder_of(run, policy, settings_in(run))[1]
     if not isinstance(values, dict) or "model" not in values:
         raise ConfigError(f"{file}: its algorithm does not train weights; there is no step to replay")
+    if values.get("base") == OWN:
+        # Its update is GRPO's, on advantages that its steps recorded; what else it has is its own business.
+        known = {name: value for name, value in values.items() if name in GRPO.model_fields}
+        return {**known, "group_size": max(2, known["group_size"])}
     if (name := values.get("name", "GRPO")) != "GRPO":
-        raise ConfigError(f"{file}: its algorithm is {name}; a replay trains steps of GRPO alone")
+        raise ConfigError(
+            f"{file}: its algorithm is {name}; a replay trains steps of GRPO and of algorithms of one's own"
+        )
     return {name: value for name, value in values.items() if name != "name"}
 
 

@@ -86,3 +86,5 @@ def test_best_of_n_of_the_page_accounts_for_what_it_did_not_choose(tmp_path: Pat
     doctor = json.loads(lightning_ray(tmp_path, "doctor", "runs/reinforce", "--json"))
     assert doctor["contradictions"] == [] and doctor["reasons"]["not_chosen"]["rollouts"] == 16
     assert "not_chosen" in doctor["advice"]
+    again = json.loads(lightning_ray(tmp_path, "replay", "runs/reinforce", "--step", "1", "--json"))
+    assert again["agrees"] and again["trained_otherwise"] == {}
