@@ -98,10 +98,11 @@ class Run:
         threading.Thread(target=self._sample_memory, daemon=True).start()
         with self.reporter.stage("Ray and span store"):
             await self._start_store(settings)
+        trained, frozen = settings.trained(), settings.frozen()
         if self._resume:
             self.state = RunState.of(self.folder.read_state())
+            self.state.check_policies(trained)
             self.folder.truncate_metrics(self.state.step)
-        trained, frozen = settings.trained(), settings.frozen()
         models = await self._models({**trained, **frozen})
         self.policies = {
             name: TrainedPolicy(self.cluster, own, self.state.policy(name), self.reporter.note, name)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from lightning_ray.errors import ConfigError
 
 ONLY = "policy"
 """Name of the policy where there is one alone."""
@@ -54,6 +56,14 @@ class RunState:
     def policy(self, name: str) -> PolicyState:
         """That of one policy."""
         return self.policies.setdefault(name, PolicyState())
+
+    def check_policies(self, names: Iterable[str]) -> None:
+        """Raises ConfigError unless it is of these policies: a resume goes on with those that it has the weights of."""
+        if sorted(names := list(names)) != sorted(self.policies):
+            raise ConfigError(
+                f"--resume: the run trained {', '.join(self.policies)}, and is to go on with {', '.join(names)}; train "
+                "the same policies, or begin a run whose models are the checkpoint's"
+            )
 
     @property
     def version(self) -> int:

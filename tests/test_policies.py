@@ -103,6 +103,7 @@ FROZEN = {"endpoint": "http://x/v1", "trainable": False}
         ({"policies": {"a": 3}}, "algorithm.policies.a=3: give an lr.Policy"),
         ({"policies": {"a/b": M}}, "policy 'a/b': a name has letters"),
         ({"policies": {"main_llm": M}}, "policy 'main_llm'"),
+        ({"policies": {"policy": M}}, "policy 'policy': that is what a run's only policy is called"),
         ({"policies": {"a": lr.Policy(model="m", agents="(")}}, "policies.a.agents='\\(' is no regular expression"),
         ({"policies": {"a": M, "b": FROZEN, "c": FROZEN}}, "policies.c.agents=None have every agent in common"),
         (
@@ -353,6 +354,13 @@ def test_the_folder_as_one_policy_has_it(tmp_path: Path) -> None:
             folder_of(tmp_path, policy, known)
     with pytest.raises(ConfigError, match="has one policy"):
         folder_of(tmp_path, "a", {"name": "GRPO"})
+
+
+def test_a_resume_trains_what_was_trained() -> None:
+    state = RunState(policies={"writer": PolicyState(), "checker": PolicyState()})
+    state.check_policies(["checker", "writer"])
+    with pytest.raises(ConfigError, match="the run trained writer, checker, and is to go on with writer"):
+        state.check_policies(["writer"])
 
 
 def test_the_summary_has_each_policy_and_their_sums() -> None:

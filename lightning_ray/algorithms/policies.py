@@ -20,6 +20,7 @@ from lightning_ray.config import EngineSettings, build, explain
 from lightning_ray.errors import ConfigError
 from lightning_ray.policy.settings import LearningSettings
 from lightning_ray.relay.settings import Upstream, check_name
+from lightning_ray.run_state import ONLY
 from lightning_ray.trajectories.settings import BatchSettings
 
 DECLARED = ("model", "endpoint", "trainable", "agents")
@@ -102,6 +103,8 @@ def check_policies(policies: Mapping[str, Policy]) -> None:
                 ) from None
     for name in policies:
         check_name("policy", name)
+        if name == ONLY:
+            raise ConfigError(f"policy {name!r}: that is what a run's only policy is called; give it another name")
     if not any(policy.trainable for policy in policies.values()):
         names = ", ".join(policies) or "them"
         raise ConfigError(f"policies: none of {names} is trained; give one with a model, and not trainable=False")
