@@ -43,8 +43,8 @@ ADVICE: dict[str, str] = {
     "no_call_of_agent": (
         "Models were called, but not by the agents to train: agent_match is found in no agent's name; or, of several "
         "policies, not this one, or not by one of its agents. See which agents called which model (SELECT model, "
-        "agent, count(*) FROM spans GROUP BY ALL). A call's agent is named by the header x-lightning-agent, by /agent/NAME in "
-        "the base URL, or by the framework where the tracer sees it."
+        "agent, count(*) FROM spans GROUP BY ALL). A call's agent is named by the header x-lightning-agent, by "
+        "/agent/NAME in the base URL, or by the framework where the tracer sees it."
     ),
     "no_model_call": (
         "The agent ended without a model call that reached the policy. It must call the endpoint it is given: "
