@@ -107,9 +107,9 @@ WAITING = Load(waits, make_tiny_model)
 WRITING = Load(writes, make_larger_model)
 
 
-async def one_run(folder: Path, load: Load, steps: int, max_staleness: int, at_once: int) -> dict[str, Any]:
-    """The summary of a run, with ``steps_per_s`` from the end of its second step (the first warm the trainer up), and
-    its ``rows`` of metrics.jsonl.
+async def one_run(folder: Path, load: Load, steps: int, max_staleness: int, timed: int) -> dict[str, Any]:
+    """The summary of a run, with ``steps_per_s`` from the end of its second step (the first warm the trainer up) to that
+    of step ``timed``, and its ``rows`` of metrics.jsonl.
     """
     settings = GRPO(
         model=load.make_model,
@@ -125,19 +125,19 @@ async def one_run(folder: Path, load: Load, steps: int, max_staleness: int, at_o
     )
     run_folder = RunFolder(folder)
     run_folder.create(resume=False)
-    runners = RunnerSettings(minimum=1, maximum=1, concurrency=at_once)
+    runners = RunnerSettings(minimum=1, maximum=1, concurrency=GROUP * GROUPS)
     run = Run(run_folder, Reporter(Console(quiet=True)), Cluster(), load.agent, {"train": TASKS}, runners, False)
     learning = asyncio.create_task(TrainingLoop(settings, run).learn())
     try:
         began = await reached(run, learning, WARM_UP)
-        ended = await reached(run, learning, steps)
+        ended = await reached(run, learning, timed)
         await learning
     finally:
         learning.cancel()
         await run.close()
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
     rows = [row for row in run_folder.metrics() if row["kind"] == "train"]
-    return {**summary, "rows": rows, "steps_per_s": (steps - WARM_UP) / (ended - began)}
+    return {**summary, "rows": rows, "steps_per_s": (timed - WARM_UP) / (ended - began)}
 
 
 async def reached(run: Run, learning: asyncio.Task[None], step: int) -> float:
@@ -150,15 +150,12 @@ async def reached(run: Run, learning: asyncio.Task[None], step: int) -> float:
 
 
 def measure(steps: int, quick: bool) -> dict[str, Any]:
-    """The runs, one after the other; a quick measurement has half of the steps without overlap, and only two runs."""
-    slots = GROUP * GROUPS
-    chosen = {
-        "sync": (WAITING, steps // 2 if quick else steps, 0, slots),
-        "async": (WAITING, steps, MAX_STALENESS, slots),
-    }
+    """The runs, one after the other; a quick measurement has only two, and compares the first half of their steps."""
+    timed = steps // 2 if quick else steps
+    chosen = {"sync": (WAITING, timed, 0, timed), "async": (WAITING, steps, MAX_STALENESS, timed)}
     if not quick:
-        chosen["sync_engine_bound"] = (WRITING, steps, 0, slots)
-        chosen["async_engine_bound"] = (WRITING, steps, MAX_STALENESS, slots)
+        chosen["sync_engine_bound"] = (WRITING, steps, 0, timed)
+        chosen["async_engine_bound"] = (WRITING, steps, MAX_STALENESS, timed)
     with tempfile.TemporaryDirectory(prefix="lr-async-") as folder:
         runs = {name: asyncio.run(one_run(Path(folder) / name, *how)) for name, how in chosen.items()}
     figures: dict[str, Any] = {}
@@ -169,7 +166,7 @@ def measure(steps: int, quick: bool) -> dict[str, Any]:
     figures["max_logprob_diff"] = max(run["max_logprob_diff"] for run in runs.values())
     for name in ("unproved_tokens_trained", "stale_tokens_beyond_bound"):
         figures[name] = sum(run[name] for run in runs.values())
-    figures |= {"async_steps": steps, "async_max_staleness": MAX_STALENESS, "rollouts_at_once": slots}
+    figures |= {"async_steps": steps, "async_max_staleness": MAX_STALENESS, "rollouts_at_once": GROUP * GROUPS}
     for name, run in runs.items():
         figures[f"steps_per_s_{name}"] = round(run["steps_per_s"], 3)
         figures[f"swaps_{name}"] = run["swaps_proved"]
