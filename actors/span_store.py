@@ -52,16 +52,18 @@ class SpanStoreActor:
         gc.set_threshold(*_GARBAGE)
 
     async def calls(self, envelopes: Sequence[Envelope], buffers: list[pa.Buffer]) -> list[Answer]:
-        """Calls of the service, done in order, and their answers; all are given once all are durable."""
+        """Calls of the service, done in order, and their answers; all are given once all are durable that must be."""
         answers: list[Answer | Awaitable[Answer]] = []
-        first = 0
+        first, synced = 0, False
         for message, timeout, count in envelopes:
             name, args = decode(message, buffers[first : first + count])
             first += count
+            synced |= self._service.is_synced(name, args)
             immediate = self._service.is_immediate(name, timeout)
             answers.append(self._do(name, args) if immediate else self._call(name, args, timeout))
         try:
-            await self._service.durable()
+            if synced:
+                await self._service.durable()
         except Exception as error:
             answers = [_refusal(error) if isinstance(answer, tuple) else answer for answer in answers]
         return [answer if isinstance(answer, tuple) else await answer for answer in answers]

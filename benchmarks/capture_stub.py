@@ -1,42 +1,52 @@
-"""An engine that answers at once: ``AsyncLLM.generate`` replaced by one that gives what the engine would give.
+"""An engine core that answers at once: requests end in it rather than in the real one, all around it is vLLM's own.
 
-Everything around it is vLLM's own. As from the engine there are logprobs only if they were asked for, one output for
-final outputs, and one for each few tokens for deltas.
+There are logprobs only if they were asked for. All tokens are in one output where only the final answer is wanted, and
+a few in each where it is streamed.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
 from typing import Any
+
+import numpy as np
 
 SAMPLED = 150
 DELTA_TOKENS = 5
 
 
 class StubEngine:
-    """Stands in for ``engine.generate`` while ``is_stub``; ``seconds`` is how long sampling takes."""
+    """Stands in for the engine core while ``is_stub``; ``seconds`` is how long sampling takes."""
 
     def __init__(self, engine: Any, sampled_ids: list[int]) -> None:
-        tokenizer = engine.renderer.tokenizer
         self.is_stub = True
         self.seconds = 0.0
         self.in_flight = 0
         self.most_in_flight = 0
         self.sampled_ids = sampled_ids
-        self._pieces = [tokenizer.decode([token]) for token in sampled_ids]
-        self._real = engine.generate
-        engine.generate = self.generate
+        self._core = engine.engine_core
+        self._real = self._core.add_request_async
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._core.add_request_async = self.add_request_async
+        values = [[logprob_of(index)] for index in range(SAMPLED)]
+        self._logprobs = (
+            np.array([[token] for token in sampled_ids]),
+            np.array(values, np.float32),
+            np.ones(SAMPLED, np.int64),
+        )
 
-    async def generate(
-        self, prompt: Any, sampling_params: Any, request_id: str, **options: Any
-    ) -> AsyncGenerator[Any, None]:
-        """As ``AsyncLLM.generate``."""
-        if not self.is_stub:
-            async for output in self._real(prompt, sampling_params, request_id, **options):
-                yield output
+    async def add_request_async(self, request: Any) -> None:
+        """As the engine core's client."""
+        if not self.is_stub or request.sampling_params is None:
+            await self._real(request)
             return
+        task = asyncio.ensure_future(self._sample(request))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _sample(self, request: Any) -> None:
         from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine import EngineCoreOutputs
 
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
@@ -44,33 +54,22 @@ class StubEngine:
             await asyncio.sleep(self.seconds)
         finally:
             self.in_flight -= 1
-        is_delta = sampling_params.output_kind == RequestOutputKind.DELTA
+        is_delta = request.sampling_params.output_kind == RequestOutputKind.DELTA
         step = DELTA_TOKENS if is_delta else SAMPLED
         for first in range(0, SAMPLED, step):
-            yield self._output(request_id, prompt["prompt_token_ids"], first, first + step, sampling_params)
+            output = self._output(request, first, first + step)
+            self._core.outputs_queue.put_nowait(EngineCoreOutputs(outputs=[output]))
             await asyncio.sleep(0)
 
-    def _output(self, request_id: str, prompt_ids: list[int], first: int, end: int, params: Any) -> Any:
-        from vllm.logprobs import append_logprobs_for_next_position, create_sample_logprobs
-        from vllm.outputs import CompletionOutput, RequestOutput
+    def _output(self, request: Any, first: int, end: int) -> Any:
+        from vllm.v1.engine import EngineCoreOutput, FinishReason
+        from vllm.v1.outputs import LogprobsLists
 
-        ids, pieces = self.sampled_ids[first:end], self._pieces[first:end]
-        logprobs = None
-        if params.logprobs is not None:
-            logprobs = create_sample_logprobs(params.flat_logprobs)
-            for index, (token, piece) in enumerate(zip(ids, pieces, strict=True), first):
-                append_logprobs_for_next_position(logprobs, [token], [logprob_of(index)], [piece], 1, params.logprobs)
-        completion = CompletionOutput(
-            index=0,
-            text="".join(pieces),
-            token_ids=ids,
-            cumulative_logprob=None if logprobs is None else -1.0,
-            logprobs=logprobs,
-            finish_reason="length" if end == SAMPLED else None,
-        )
-        return RequestOutput(
-            request_id, None, prompt_ids, None, [completion], finished=end == SAMPLED, num_cached_tokens=0
-        )
+        ids, logprobs = self.sampled_ids[first:end], None
+        if request.sampling_params.num_logprobs is not None:
+            logprobs = LogprobsLists(*(each[first:end] for each in self._logprobs))
+        finish = FinishReason.LENGTH if end == SAMPLED else None
+        return EngineCoreOutput(request.request_id, list(ids), new_logprobs=logprobs, finish_reason=finish)
 
 
 def logprob_of(index: int) -> float:

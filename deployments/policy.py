@@ -9,6 +9,7 @@ restarts or joins later never serves old weights.
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import time
 import uuid
@@ -104,6 +105,7 @@ class Policy:
             await self._vouch(self.loaded)
         limits = Limits(settings.max_body_mb * 2**20, settings.max_calls_per_attempt)
         backend = Backend(self._ready, lambda: self.describe()["version"], self.status, self.audience, self.model_name)
+        gc.freeze()  # what was imported and loaded is here to stay, and not to be gone through again and again
         return CaptureEdge(app, self.secret, SharedAppend(self._append), backend, limits)
 
     async def _vouch(self, loaded: Loaded) -> None:
@@ -126,7 +128,7 @@ class Policy:
         return engine_on_a_thread()
 
     async def _append(self, rows: list[dict[str, Any]]) -> None:
-        await self.store.append_spans(spans_to_batch(rows))
+        await self.store.append_spans(spans_to_batch(rows), synced=False)
 
     async def _said(self, attempt: Attempt) -> Sequence[Sequence[int]]:
         """What an attempt's calls at other replicas were."""

@@ -67,7 +67,7 @@ class Relay:
         return self.relay
 
     async def _append(self, rows: list[dict[str, Any]]) -> None:
-        await self.store.append_spans(spans_to_batch(rows))
+        await self.store.append_spans(spans_to_batch(rows), synced=False)
 
     async def status(self) -> dict[str, Any]:
         """As ``GET /status``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -20,6 +21,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     """The tests' verdict is the exit code: a native thread of a library that outlives the interpreter may crash it."""
     if _verdict in config.stash:
+        for child in multiprocessing.active_children():  # an orderly end would wait for them
+            child.kill()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(config.stash[_verdict])

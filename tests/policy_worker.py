@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import threading
 from typing import Any
 
 import numpy as np
@@ -14,7 +17,16 @@ UPDATER: list[PolicyUpdater] = []
 
 
 def start() -> None:
+    """Begin a rank's process, which ends with the tests', however these end."""
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def build(settings: UpdateSettings, rank: int, world_size: int, port: int) -> None:

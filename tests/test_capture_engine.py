@@ -8,16 +8,18 @@ from collections.abc import AsyncIterator, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("vllm.sampling_params")
 from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.v1.outputs import LogprobsLists
 
 from lightning_ray.capture import engine as engine_module
 from lightning_ray.capture.address import Caller
 from lightning_ray.capture.call import CapturedRequest, current_request
 from lightning_ray.capture.conversations import Conversations
-from lightning_ray.capture.engine import CapturedEngine, prepare, versions
+from lightning_ray.capture.engine import CapturedEngine, prepare
 
 KINDS = [RequestOutputKind.FINAL_ONLY, RequestOutputKind.DELTA, RequestOutputKind.CUMULATIVE]
 
@@ -28,16 +30,23 @@ class Processor:
     def __init__(self) -> None:
         self.request_states: dict[str, Any] = {}
 
-    def process_outputs(self, outputs: list[Any], timestamp: float | None = None) -> str:
+    def process_outputs(self, outputs: list[Any], timestamp: float | None = None) -> Any:
+        stopped = []
         for output in outputs:
             state = self.request_states[output.request_id]
-            state.tokens += output.new_token_ids
-            state.new += output.new_token_ids
-            if output.finish_reason is not None:
-                state.finish_reason = output.finish_reason
+            state.num_cached_tokens = 1
+            ids, finish = output.new_token_ids, output.finish_reason
+            if state.stop in ids:
+                ids, finish = ids[: ids.index(state.stop) + 1], "stop"
+                stopped.append(output.request_id)
+            state.tokens += ids
+            state.new += ids
+            state.entries += output.new_logprobs.logprobs[:, 0].tolist() if output.new_logprobs else []
+            if finish is not None:
+                state.finish_reason = finish
                 del self.request_states[output.request_id]
             state.arrived.set()
-        return "processed"
+        return SimpleNamespace(reqs_to_abort=stopped)
 
 
 class Engine:
@@ -54,10 +63,15 @@ class Engine:
         self.live = 0
 
     def tokens(self, name: str, ids: list[int], finish: str | None = None, index: int = 0) -> None:
-        """What the engine core sampled for one sequence."""
+        """What the engine core sampled for one sequence; another's logprob is given with each."""
         state = self.by_name[name][index]
-        output = SimpleNamespace(request_id=state.internal_id, new_token_ids=ids, finish_reason=finish)
-        assert self.output_processor.process_outputs([output], timestamp=1.0) == "processed"
+        lists = LogprobsLists(
+            np.array([[token, 99] for token in ids]), np.array([[-token / 8, 0.0] for token in ids]), np.ones(len(ids))
+        )
+        output = SimpleNamespace(
+            request_id=state.internal_id, new_token_ids=ids, finish_reason=finish, new_logprobs=lists
+        )
+        self.output_processor.process_outputs([output], timestamp=1.0)
 
     async def generate(self, prompt: Any, params: Any, request_id: str, **options: Any) -> AsyncIterator[Any]:
         self.params.append(params)
@@ -70,8 +84,14 @@ class Engine:
                 internal_id=f"{index}_{request_id}-internal",
                 external_req_id=request_id,
                 request_index=index,
-                tokens=[],
+                prompt_token_ids=prompt["prompt_token_ids"] if isinstance(prompt, dict) else prompt,
+                num_cached_tokens=None,
+                stats=None,
+                stop=options.get("stop"),
+                tokens=(tokens := []),
+                detokenizer=SimpleNamespace(output_token_ids=tokens),
                 new=[],
+                entries=[],
                 finish_reason=None,
                 arrived=arrived,
             )
@@ -102,7 +122,7 @@ class Engine:
     @staticmethod
     def _completion(state: Any, params: Any) -> Any:
         ids = list(state.new if params.output_kind == RequestOutputKind.DELTA else state.tokens)
-        entries = [{99: SimpleNamespace(logprob=0.0), token: SimpleNamespace(logprob=-token / 8)} for token in ids]
+        entries = [{token: SimpleNamespace(logprob=value)} for token, value in zip(ids, state.entries, strict=False)]
         return SimpleNamespace(
             index=state.request_index,
             token_ids=ids,
@@ -139,10 +159,18 @@ def captured(**sampling: Any) -> CapturedRequest:
 class Call:
     """A serving class that consumes one call of the engine, in a task of its own."""
 
-    def __init__(self, engine: Any, params: Any, request_id: str = "id", prompt: Any = None, name: str = "call"):
+    def __init__(
+        self,
+        engine: Any,
+        params: Any,
+        request_id: str = "id",
+        prompt: Any = None,
+        name: str = "call",
+        stop: int | None = None,
+    ):
         self.outputs: list[Any] = []
         self.engine = engine
-        self._open = engine.generate(prompt or [1, 2], params, request_id, name=name)
+        self._open = engine.generate(prompt or [1, 2], params, request_id, name=name, stop=stop)
         self.task = asyncio.create_task(self._consume())
 
     async def _consume(self) -> None:
@@ -192,6 +220,7 @@ async def test_logprobs_are_hidden_unless_asked_for(
         [completion] = call.outputs[-1].outputs
         if asked is None:
             assert completion.logprobs is None and completion.cumulative_logprob is None
+            assert engine.by_name["call"][0].entries == []  # made for nobody
         else:
             assert completion.logprobs[0][5].logprob == -5 / 8 and completion.cumulative_logprob == -1.0
 
@@ -312,18 +341,20 @@ async def test_nothing_leaves_between_a_swap_and_its_proof(engine: Engine, captu
     await call.task
 
 
+@pytest.mark.parametrize("finish", [None, "stop"])
 async def test_a_proof_that_never_comes_ends_the_call(
-    engine: Engine, capture: CapturedEngine, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, capture: CapturedEngine, monkeypatch: pytest.MonkeyPatch, finish: str | None
 ) -> None:
     monkeypatch.setattr(engine_module, "PROOF_DEADLINE", 0.01)
     capture.proved.clear()
     request = captured()
     call = Call(engine, SamplingParams(output_kind=RequestOutputKind.DELTA))
     await settle()
-    engine.tokens("call", [5])
+    engine.tokens("call", [5], finish)
     with pytest.raises(TimeoutError):
         await call.task
-    assert not request.sequences and not request.running
+    assert not request.running
+    assert [span["status"] for span in request.take_spans()] == ["ERROR"]
 
 
 async def test_an_engine_that_fails_leaves_no_sequence_and_nothing_running(
@@ -349,6 +380,50 @@ async def test_a_call_that_is_cancelled_leaves_what_was_sampled(engine: Engine, 
     [sequence] = request.sequences
     assert (sequence.sampled_ids, sequence.weight_versions, sequence.finish_reason) == ([5, 6], [4, 4], None)
     assert request.take_spans()[0]["status"] == "ERROR"
+
+
+async def test_a_call_given_up_before_its_only_output_leaves_what_was_sampled(
+    engine: Engine, capture: CapturedEngine
+) -> None:
+    request = captured()
+    call = Call(engine, SamplingParams(n=2, output_kind=RequestOutputKind.FINAL_ONLY))
+    await settle()
+    engine.tokens("call", [5, 6], index=0)
+    engine.tokens("call", [7], "stop", index=1)
+    await settle()
+    call.task.cancel()
+    await asyncio.gather(call.task, return_exceptions=True)
+    assert [(s.sampled_ids, s.finish_reason) for s in request.sequences] == [([5, 6], None), ([7], "stop")]
+    assert [span["status"] for span in request.take_spans()] == ["ERROR", "OK"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_stop_that_only_the_text_shows_ends_the_sequence(
+    engine: Engine, capture: CapturedEngine, kind: RequestOutputKind
+) -> None:
+    request = captured()
+    call = Call(engine, SamplingParams(output_kind=kind), stop=8)
+    await settle()
+    engine.tokens("call", [5, 8, 9])
+    await call.task
+    [sequence] = request.sequences
+    assert (sequence.sampled_ids, sequence.finish_reason) == ([5, 8], "stop")
+    assert (sequence.logprobs, sequence.weight_versions) == ([-5 / 8, -1.0], [4, 4])
+
+
+@pytest.mark.parametrize("wrong", ["missing", "other"])
+async def test_logprobs_of_other_tokens_fail_their_call_alone(
+    engine: Engine, capture: CapturedEngine, wrong: str
+) -> None:
+    captured()
+    call = Call(engine, SamplingParams(output_kind=RequestOutputKind.DELTA))
+    await settle()
+    [state] = engine.by_name["call"]
+    lists = None if wrong == "missing" else LogprobsLists(np.array([[6]]), np.zeros((1, 1)), np.ones(1))
+    output = SimpleNamespace(request_id=state.internal_id, new_token_ids=[5], finish_reason=None, new_logprobs=lists)
+    engine.output_processor.process_outputs([output])
+    with pytest.raises(RuntimeError, match="of other tokens than it sampled"):
+        await call.task
 
 
 async def test_a_call_left_in_the_middle_can_be_settled_once(engine: Engine, capture: CapturedEngine) -> None:
@@ -495,20 +570,3 @@ def test_a_rollouts_seed_gives_each_call_its_own() -> None:
         seeds.append(prepare(SamplingParams(seed=1), request)[0].seed)
     assert len(set(seeds)) == 4 and seeds[0] == seeds[-1]
     assert prepare(SamplingParams(seed=1), captured())[0].seed == 1
-
-
-@pytest.mark.parametrize(
-    ("count", "boundaries", "expected"),
-    [
-        (0, [], []),
-        (3, [], [9, 9, 9]),
-        (3, [(0, 1)], [9, 9, 9]),
-        (3, [(2, 1)], [1, 1, 9]),
-        (3, [(2, 1), (2, 2)], [1, 1, 9]),
-        (4, [(1, 1), (3, 2)], [1, 2, 2, 9]),
-        (2, [(3, 1)], [1, 1]),
-        (2, [(1, 1), (5, 2)], [1, 2]),
-    ],
-)
-def test_versions_follow_the_boundaries(count: int, boundaries: list[tuple[int, int]], expected: list[int]) -> None:
-    assert versions(count, boundaries, 9) == expected

@@ -277,6 +277,53 @@ async def test_answers_wait_for_the_disk_and_share_its_syncs(tmp_path: Path, mon
     await store.close()
 
 
+async def test_spans_that_need_not_be_synced_are_before_anything_is_told_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = LocalStoreClient(SpanStore(tmp_path))
+    first, second = await leased(store, 2)
+    gate = threading.Event()
+    monkeypatch.setattr("os.fdatasync", lambda fd: gate.wait(10.0))
+    left_out = await asyncio.wait_for(store.append_spans(spans(first, 2), synced=False), 5.0)
+    assert left_out == []
+    end = asyncio.create_task(store.finish_attempt(*pair(first), "succeeded"))
+    read = asyncio.create_task(store.scan_spans([first.rollout_id]))
+    other = asyncio.create_task(store.append_spans(spans(second, 1)))
+    done, _ = await asyncio.wait([end, read, other], timeout=0.3)
+    assert not done
+    gate.set()
+    assert (await asyncio.wait_for(read, 5.0)).num_rows == 2
+    await asyncio.wait_for(asyncio.gather(end, other), 5.0)
+    await store.close()
+
+
+async def test_spans_that_need_not_be_synced_are_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, synced = LocalStoreClient(SpanStore(tmp_path)), threading.Event()
+    (claim,) = await leased(store)
+    monkeypatch.setattr("os.fdatasync", lambda fd: synced.set())
+    await store.append_spans(spans(claim, 1), synced=False)
+    assert await asyncio.to_thread(synced.wait, 10.0)
+    await store.close()
+
+
+async def test_a_failing_disk_is_told_after_a_sync_that_nobody_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = LocalStoreClient(SpanStore(tmp_path))
+    (claim,) = await leased(store)
+
+    def broken(fd: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("os.fdatasync", broken)
+    await store.append_spans(spans(claim, 1), synced=False)
+    async with asyncio.timeout(10.0):
+        while "could not be synced" not in caplog.text:
+            await asyncio.sleep(0.01)
+    with pytest.raises(InfrastructureError, match="Input/output error"):
+        await store.append_spans(spans(claim, 1, first=1), synced=False)
+
+
 async def test_a_failing_disk_is_told_to_everyone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = LocalStoreClient(SpanStore(tmp_path))
 

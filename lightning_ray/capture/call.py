@@ -52,6 +52,12 @@ class SampledSequence:
     restored_tokens: int = 0
     """How far the prompt's own ids had to be replaced by those that were sampled; 0 if they were the same."""
 
+    def end(self, reason: str, count: int) -> None:
+        """It ended with its first ``count`` tokens."""
+        self.finish_reason = reason
+        for values in (self.sampled_ids, self.logprobs, self.weight_versions):
+            del values[count:]
+
     def columns(self) -> dict[str, Any]:
         """Its tokens, and whether it came to its end."""
         return {

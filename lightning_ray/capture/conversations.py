@@ -77,6 +77,9 @@ class Said:
         """Note a call's ids: a conversation that they continue grows by them."""
         continued: Conversation | None = None
         for known in self.conversations:
+            at = min(len(known.ids), len(ids)) - 1
+            if at >= 0 and known.ids[at] != ids[at]:
+                continue  # neither continues the other: told by one id, as an attempt may have many conversations
             shared = common_prefix(known.ids, ids)
             if shared == len(ids):
                 if shared not in known.ends:

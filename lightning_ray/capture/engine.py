@@ -1,8 +1,10 @@
 """The engine half: knows what was sampled, under which weight version, whatever the wire API.
 
-It stands in for ``AsyncLLM.generate`` under the engine's own serving classes. Invariants: ids and logprobs are
-those of the engine's outputs; every token carries the version of the weights that sampled it; nothing leaves the
-replica between a swap and its proof; an answer contains logprobs only if the client asked for them.
+It stands in for ``AsyncLLM.generate`` under the engine's own serving classes, and for the output processor's
+``process_outputs``, the one place that sees every token as it comes: before the next swap, and whether it is asked for
+or not. Invariants: ids and logprobs are those of the engine's outputs; every token carries the version of the weights
+that sampled it; nothing leaves the replica between a swap and its proof; an answer contains logprobs only if the client
+asked for them.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ import copy
 import itertools
 import time
 import zlib
-from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,24 +30,36 @@ PROOF_DEADLINE = 120.0
 
 @dataclass
 class RunningCall:
-    """One call of the engine at work."""
+    """One call of the engine at work: what was sampled so far, by index of the sequence."""
 
-    counts: Counter[int] = field(default_factory=Counter)
-    """Tokens sampled so far, by index of the sequence, whether they have been asked for yet or not."""
-    boundaries: list[tuple[Counter[int], int]] = field(default_factory=list)
-    """At each swap: the counts, and the version until then."""
+    hides: bool
+    """Whether the answer is to have no logprobs: then the engine need not make any for it."""
+    sequences: dict[int, SampledSequence] = field(default_factory=dict)
+    failure: str | None = None
 
-    def versions_of(self, index: int, count: int, last: int) -> list[int]:
-        """The version of each of the first ``count`` tokens of a sequence; ``last`` is the present one."""
-        return versions(count, [(counts[index], version) for counts, version in self.boundaries], last)
+    def take(self, state: Any, output: Any, version: int) -> SampledSequence:
+        """Note what the engine core sampled for one sequence."""
+        sequence = self.sequences.get(state.request_index)
+        if sequence is None:
+            sequence = self.sequences[state.request_index] = SampledSequence(state.prompt_token_ids or [])
+            sequence.first_token = time.time()
+        if ids := output.new_token_ids:
+            logprobs = sampled_logprobs(ids, output.new_logprobs)
+            if logprobs is None:
+                self.failure = "the engine's logprobs are of other tokens than it sampled"
+                return sequence
+            sequence.sampled_ids += ids
+            sequence.logprobs += logprobs
+            sequence.weight_versions += [version] * len(ids)
+        if self.hides:
+            output.new_logprobs = None
+        if output.finish_reason is not None:
+            sequence.finish_reason = str(output.finish_reason)
+        return sequence
 
 
 class CapturedEngine:
-    """Installs itself as ``engine.generate`` and keeps the weight version of every running call.
-
-    It also stands in for the output processor's ``process_outputs``, the one place that sees every token
-    before the next swap: outputs are asked for later, and for n > 1 only when all n have ended.
-    """
+    """Installs itself as ``engine.generate`` and keeps the weight version of every running call."""
 
     def __init__(self, engine: Any, version: int = 0, conversations: Conversations | None = None):
         self.engine = engine
@@ -59,30 +72,28 @@ class CapturedEngine:
         self._running: dict[str, RunningCall] = {}
         self._serial = itertools.count()
         engine.generate = self.generate
-        engine.output_processor.process_outputs = self._count_and_process
+        engine.output_processor.process_outputs = self._take_and_process
 
     async def generate(
         self, prompt: Any, sampling_params: Any, request_id: str, **options: Any
     ) -> AsyncGenerator[Any, None]:
-        """As ``AsyncLLM.generate``; records into the current request, if there is one."""
+        """As ``AsyncLLM.generate``; what is sampled is added to the current request, if there is one."""
         request = current_request.get()
         if request is None:
             async for output in self._generate(prompt, sampling_params, request_id, **options):
                 yield output
             return
-        sampling_params, hide = prepare(sampling_params, request)
+        sampling_params, hides = prepare(sampling_params, request)
         prompt, restored = await self._restored(request, prompt, sampling_params)
         # Clients may choose request ids, and choose the same one twice.
         request_id = f"{request_id}-{next(self._serial)}"
-        call = self._running[request_id] = RunningCall()
-        sequences: dict[int, SampledSequence] = {}
+        call = self._running[request_id] = RunningCall(hides)
 
         def take_over() -> None:
             if request.running.pop(request_id, None) is None:
                 return
             del self._running[request_id]
-            for index, sequence in sorted(sequences.items()):
-                sequence.weight_versions = call.versions_of(index, len(sequence.sampled_ids), self.version)
+            for _, sequence in sorted(call.sequences.items()):
                 sequence.restored_tokens = restored
                 request.sequences.append(sequence)
                 if self.conversations is not None and sequence.finish_reason is not None:
@@ -95,10 +106,18 @@ class CapturedEngine:
                 if not self.proved.is_set():
                     async with asyncio.timeout(PROOF_DEADLINE):
                         await self.proved.wait()
-                record(output, sequences, sampling_params, hide)
+                if call.failure is not None:
+                    raise RuntimeError(call.failure)
+                if hides:
+                    for completion in output.outputs:
+                        completion.logprobs = completion.cumulative_logprob = None
                 if output.finished:
                     take_over()
                 yield output
+        except Exception:
+            for sequence in call.sequences.values():
+                sequence.finish_reason = None  # nobody gets it, and what sampled it may be unproved
+            raise
         finally:
             take_over()
 
@@ -115,19 +134,27 @@ class CapturedEngine:
             params.max_tokens = max(1, min(params.max_tokens, limit - len(ids)))
         return {**prompt, "prompt_token_ids": ids}, changed_until(given, ids)
 
-    def _count_and_process(self, outputs: list[Any], *arguments: Any, **options: Any) -> Any:
+    def _take_and_process(self, outputs: list[Any], *arguments: Any, **options: Any) -> Any:
         states = self.engine.output_processor.request_states
+        taken: dict[str, tuple[SampledSequence, Any]] = {}
         for output in outputs:
             state = states.get(output.request_id)
             call = None if state is None else self._running.get(state.external_req_id)
             if call is not None:
-                call.counts[state.request_index] += len(output.new_token_ids)
-        return self._process_outputs(outputs, *arguments, **options)
+                taken[output.request_id] = call.take(state, output, self.version), state
+        processed = self._process_outputs(outputs, *arguments, **options)
+        for sequence, state in taken.values():
+            if sequence.cached_tokens is None:
+                sequence.cached_tokens = state.num_cached_tokens
+                sequence.queue_seconds = queue_seconds(state.stats)
+        for name in processed.reqs_to_abort:  # ended by a string that the engine core does not look for
+            if name in taken:
+                sequence, state = taken[name]
+                sequence.end("stop", len(state.detokenizer.output_token_ids))
+        return processed
 
     def mark_swap(self, version: int) -> None:
         """From here on tokens belong to ``version``. Called while the scheduler is paused and its outputs flushed."""
-        for call in self._running.values():
-            call.boundaries.append((call.counts.copy(), self.version))
         self.version = version
 
     async def flush(self) -> None:
@@ -172,12 +199,11 @@ def prepare(sampling_params: Any, request: CapturedRequest) -> tuple[Any, bool]:
         params.seed = call_seed(seed, f"{request.digest} {request.place}")
     if sampling:
         params.__post_init__()
-    hide = params.num_logprobs is None
-    if hide:
+    hides = params.num_logprobs is None
+    if hides:
         params.logprobs = 0
-        params.flat_logprobs = True  # lists of numbers, rather than two objects for each token
     request.sampling_used = {name: getattr(params, name) for name in (*FORCED, "n", "stop", "max_tokens", "seed")}
-    return params, hide
+    return params, hides
 
 
 def call_seed(seed: int, call: str) -> int:
@@ -198,40 +224,15 @@ def changed_until(before: Sequence[int], after: Sequence[int]) -> int:
     return len(after) - same
 
 
-def record(output: Any, sequences: dict[int, SampledSequence], params: Any, hide: bool) -> None:
-    """Add an output of the engine (delta, cumulative or final) to the sequences it belongs to."""
-    from vllm.sampling_params import RequestOutputKind
+def sampled_logprobs(ids: Sequence[int], lists: Any) -> list[float] | None:
+    """The logprob of each sampled id, of the engine core's arrays: a position's sampled id comes first.
 
-    for completion in output.outputs:
-        sequence = sequences.get(completion.index)
-        if sequence is None:
-            sequence = sequences[completion.index] = SampledSequence(list(output.prompt_token_ids or ()))
-        if sequence.first_token is None:
-            sequence.first_token = time.time()
-            sequence.cached_tokens = getattr(output, "num_cached_tokens", None)
-            sequence.queue_seconds = queue_seconds(getattr(output, "metrics", None))
-        ids = list(completion.token_ids)
-        logprobs = sampled_logprobs(ids, completion.logprobs or ())
-        if params.output_kind == RequestOutputKind.DELTA:
-            sequence.sampled_ids += ids
-            sequence.logprobs += logprobs
-        else:
-            sequence.sampled_ids, sequence.logprobs = ids, logprobs
-        if completion.finish_reason is not None:
-            sequence.finish_reason = completion.finish_reason
-        if hide:
-            completion.logprobs = None
-            completion.cumulative_logprob = None
-
-
-def sampled_logprobs(ids: list[int], entries: Any) -> list[float]:
-    """The logprob of each sampled id; flat entries hold a position's sampled id first."""
-    firsts = getattr(entries, "start_indices", None)
-    if firsts is None:
-        return [entry[token].logprob for token, entry in zip(ids, entries, strict=True)]
-    if [entries.token_ids[first] for first in firsts] != ids:
-        raise RuntimeError("the engine's logprobs are of other tokens than it sampled")
-    return [entries.logprobs[first] for first in firsts]
+    None if they are of other tokens.
+    """
+    if lists is None or lists.logprob_token_ids[:, 0].tolist() != ids:
+        return None
+    found: list[float] = lists.logprobs[:, 0].tolist()
+    return found
 
 
 def queue_seconds(metrics: Any) -> float | None:
@@ -239,11 +240,3 @@ def queue_seconds(metrics: Any) -> float | None:
     if metrics is None or not metrics.scheduled_ts:
         return None
     return float(metrics.scheduled_ts - metrics.queued_ts)
-
-
-def versions(count: int, boundaries: list[tuple[int, int]], last: int) -> list[int]:
-    """The version of each of ``count`` tokens; a boundary (n, v) says that the first n tokens are of v or older."""
-    result: list[int] = []
-    for upto, version in boundaries:
-        result += [version] * (min(upto, count) - len(result))
-    return result + [last] * (count - len(result))

@@ -12,6 +12,7 @@ import hashlib
 import hmac
 import time
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import msgpack
@@ -20,6 +21,7 @@ from lightning_ray.capture.audience import POLICY
 
 PREFIX = "lr1"
 SIGNATURE_BYTES = 16
+KEYS_KNOWN = 10_000
 
 
 class KeyRefused(Exception):
@@ -71,6 +73,15 @@ def open_operator_key(secret: bytes, key: str, now: float | None = None) -> None
 
 def open_key(secret: bytes, key: str, now: float | None = None) -> Claims:
     """Verify a key and return its claims. Raises KeyRefused with the reason."""
+    claims = _signed(secret, key)
+    if (time.time() if now is None else now) > claims.expires:
+        raise KeyRefused(f"the key of attempt {claims.attempt_id} has expired")
+    return claims
+
+
+@lru_cache(maxsize=KEYS_KNOWN)
+def _signed(secret: bytes, key: str) -> Claims:
+    """The claims of a key that was signed by the secret's holder; verified once, as an attempt calls many times."""
     prefix, _, rest = key.partition(".")
     body, _, signature = rest.partition(".")
     if prefix != PREFIX or not body or not signature:
@@ -82,6 +93,4 @@ def open_key(secret: bytes, key: str, now: float | None = None) -> Claims:
     if not hmac.compare_digest(given, _sign(secret, payload)):
         raise KeyRefused("the key's signature is wrong: it belongs to another run or was changed")
     rollout_id, attempt_id, expires, sampling, audience = msgpack.unpackb(payload)
-    if (time.time() if now is None else now) > expires:
-        raise KeyRefused(f"the key of attempt {attempt_id} has expired")
     return Claims(rollout_id, attempt_id, expires, sampling, audience)

@@ -285,14 +285,19 @@ class Store(ABC):
 
     # --- spans ----------------------------------------------------------------------------------------------
 
-    async def append_spans(self, batch: pa.RecordBatch) -> list[int]:
+    async def append_spans(self, batch: pa.RecordBatch, synced: bool = True) -> list[int]:
         """Store spans (SPAN_SCHEMA), each once by (rollout, attempt, span id); returns the rows left out
         because they were there.
+
+        Without ``synced`` it returns once no process's death can lose them; they are on the disk a moment later, and
+        in any case before the end of their attempt is told, or anything of them is read. So if the machine fails,
+        only attempts that were at work, and are played again, may lack spans.
 
         A ``sequence_id`` of 0 is replaced by the rollout's next number. Raises StoreError naming the
         rollouts and attempts that the store does not know, after the other rows were stored.
         """
-        return await self._call("append_spans", encode_batch(batch))
+        encoded = encode_batch(batch)
+        return await (self._call("append_spans", encoded) if synced else self._call("append_spans", encoded, False))
 
     async def add_many_spans(self, spans: Sequence[Span]) -> list[Span]:
         """Store spans; returns those that were not there yet. See ``append_spans``."""

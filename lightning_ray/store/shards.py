@@ -245,9 +245,9 @@ class ShardedStore(Store):
 
     # --- spans ----------------------------------------------------------------------------------------------
 
-    async def _append_spans(self, encoded: pa.Buffer) -> list[int]:
+    async def _append_spans(self, encoded: pa.Buffer, *synced: bool) -> list[int]:
         bodies = self._split_spans(encoded)
-        answers = await self._ask_some("append_spans", {shard: (body,) for shard, (body, _) in bodies.items()})
+        answers = await self._ask_some("append_spans", {shard: (body, *synced) for shard, (body, _) in bodies.items()})
         return sorted(bodies[shard][1][row] for shard, left_out in answers.items() for row in left_out)
 
     async def _get_many_span_sequence_ids(self, pairs: list[tuple[str, str]]) -> list[int]:

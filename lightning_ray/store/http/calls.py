@@ -169,7 +169,7 @@ _ASKS: dict[str, Callable[..., Ask]] = {
     "dequeue_many_rollouts": _dequeue,
     "start_rollout": _start_rollout,
     "start_attempt": _start_attempt,
-    "append_spans": lambda encoded: _post("spans", as_stream(encoded), _reader(list[int], "left_out")),
+    "append_spans": lambda encoded, synced=True: _post("spans", as_stream(encoded), _reader(list[int], "left_out")),
     "get_many_span_sequence_ids": lambda attempts: _post(
         "spans/next/many", {"attempts": _named(attempts)}, _reader(list[int], "sequence_ids")
     ),
