@@ -108,8 +108,8 @@ WRITING = Load(writes, make_larger_model)
 
 
 async def one_run(folder: Path, load: Load, steps: int, max_staleness: int, timed: int) -> dict[str, Any]:
-    """The summary of a run, with ``steps_per_s`` from the end of its second step (the first warm the trainer up) to that
-    of step ``timed``, and its ``rows`` of metrics.jsonl.
+    """The summary of a run, with ``steps_per_s`` from the end of its second step (the first warm the trainer up) to
+    that of step ``timed``, and its ``rows`` of metrics.jsonl.
     """
     settings = GRPO(
         model=load.make_model,
