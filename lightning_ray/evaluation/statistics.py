@@ -45,7 +45,9 @@ def mean_reward(rewards: Rewards, confidence: float = 0.95) -> Estimate:
 def pass_at_k(rewards: Rewards, k: int, threshold: float = 1.0, confidence: float = 0.95) -> Estimate:
     """How likely one of ``k`` rollouts of a task reaches the threshold; over the tasks with at least ``k`` rewards.
 
-    The estimator of each task is unbiased (Chen et al., 2021, "Evaluating Large Language Models Trained on Code").
+    The estimator of each task is unbiased (Chen et al., 2021, "Evaluating Large Language Models Trained on Code"). For
+    k above 1 the interval counts tasks alone, whatever their samples: most tasks are close to 1 then, and of the few
+    others a sample of tasks shows too little for a narrower one to hold.
     """
     reached = [[None if r is None else float(r >= threshold) for r in task] for task in rewards]
     known = [success for task in reached for success in task if success is not None]
@@ -53,7 +55,8 @@ def pass_at_k(rewards: Rewards, k: int, threshold: float = 1.0, confidence: floa
     def interval(filled: Sequence[Sequence[float]]) -> Estimate:
         large = [task for task in filled if len(task) >= k]
         shares = [unbiased_pass_at_k(len(task), int(sum(task)), k) for task in large]
-        return _wilson(shares, sum(map(len, large)), confidence) if shares else Estimate(None)
+        counted = sum(map(len, large)) if k == 1 else len(large)
+        return _wilson(shares, counted, confidence) if shares else Estimate(None)
 
     return _over_lost(reached, known, interval)
 
