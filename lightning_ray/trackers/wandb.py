@@ -30,6 +30,7 @@ class WandbTracker:
             id=known.read_text().strip() if known.is_file() else None,
             resume="allow" if mode == "online" else None,
             config=settings_of(folder),
+            allow_val_change=True,  # a resume may be under other settings
             mode=mode,
             reinit="create_new",
             settings=wandb.Settings(console="off", silent=True),
