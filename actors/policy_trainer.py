@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -84,9 +85,9 @@ class PolicyTrainer:
         """Form the transfer group with the engine workers; see ``WeightPublisher.connect``."""
         self.publisher.connect(self._broadcast, offsets, world_size, ray.util.get_node_ip_address())
 
-    def export(self) -> dict[str, Any] | None:
-        """The weights in the object store, from rank 0; see ``WeightPublisher.export``."""
-        return self.publisher.export()
+    def export(self, chunk: int, chunks: int, size: int) -> dict[str, Any] | None:
+        """A chunk of the weights in the object store, from rank 0; see ``WeightPublisher.export``."""
+        return self.publisher.export(chunk, chunks, size)
 
     def push(self, version: int) -> float:
         """Send the weights to every replica as ``version``; returns the seconds it took."""
@@ -162,10 +163,15 @@ class PolicyTrainerGroup:
         A LightningRayError or ValueError of a rank is raised as it is. Raises InfrastructureError if a rank
         died, failed otherwise, or did not answer within ``timeout`` seconds.
         """
-        pending = {
-            asyncio.ensure_future(_result(getattr(actor, method).remote(*args))): rank
-            for rank, actor in enumerate(self.ranks)
-        }
+        return await self.answers(self.begin(method, *args), method, timeout)
+
+    def begin(self, method: str, *args: Any) -> list[Any]:
+        """Call a method of every rank without waiting; references to their answers, by rank."""
+        return [getattr(actor, method).remote(*args) for actor in self.ranks]
+
+    async def answers(self, references: Sequence[Any], method: str, timeout: float) -> list[Any]:
+        """The results of a call that was begun; see ``call``."""
+        pending = {asyncio.ensure_future(_result(reference)): rank for rank, reference in enumerate(references)}
         for task in pending:
             task.add_done_callback(_ignore)
         done, waiting = await asyncio.wait(pending, timeout=timeout, return_when=asyncio.FIRST_EXCEPTION)
@@ -181,10 +187,6 @@ class PolicyTrainerGroup:
                 "else resume from the last checkpoint"
             )
         return [task.result() for task in pending]
-
-    def begin(self, method: str, *args: Any) -> list[Any]:
-        """Call a method of every rank without waiting; references to their answers, by rank."""
-        return [getattr(actor, method).remote(*args) for actor in self.ranks]
 
     def stop(self) -> None:
         """End all ranks at once; what they have not saved is lost."""

@@ -3,9 +3,10 @@
     python -m benchmarks.weights            an 83M model and a 0.6M one, by the object store and by gloo (4 minutes)
     python -m benchmarks.weights --quick    by the object store alone, fewer swaps (2 minutes)
 
-The whole chain is real: Ray, Serve, vLLM, a trainer rank. A swap runs from the call of ``publish`` to the proof. Apply
-is the time in which the replica's engine loads the same weights from its own memory, within that swap. Figures are
-medians. The last line of the output is one JSON object.
+The whole chain is real: Ray, Serve, vLLM, a trainer rank. A swap runs from the call of ``publish`` to the proof. What
+loading takes by itself is told by swaps in one chunk, made in turn with those measured: there the replica's engine loads
+the same weights from its own memory while nothing is handed out. Figures are medians. The last line of the output is one
+JSON object.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from benchmarks.store import Goal, bar, circumstances
 from lightning_ray.algorithms.grpo import GRPO
 from lightning_ray.cluster import Cluster
 from lightning_ray.config import EngineSettings, RunnerSettings
+from lightning_ray.policy.transfer import MOST_CHUNKS
 from lightning_ray.progress import Reporter
 from lightning_ray.run import Run
 from lightning_ray.run_folder import RunFolder
@@ -85,29 +87,32 @@ async def talks(task: Any, llm: lr.LLM) -> float:
     return 1.0
 
 
-async def swaps(folder: Path, size: str, transfer: Any, count: int, progress: Progress) -> list[Any]:
-    """So many swaps with answers in flight, after a few to get warm."""
+async def swaps(folder: Path, size: str, transfer: Any, count: int, progress: Progress) -> tuple[list[Any], list[Any]]:
+    """So many swaps with answers in flight, after a few to get warm; and as many in one chunk, by the object store."""
     engine = EngineSettings(max_model_len=512, kv_cache_memory_mb=64, transfer=transfer)
     settings = GRPO(model=lambda made: make_model(made, size), ranks=1, engine=engine)
     run_folder = RunFolder(folder / f"{size}-{transfer}")
     run_folder.create(resume=False)
     runners = RunnerSettings(minimum=1, maximum=1, concurrency=IN_FLIGHT)
     run = Run(run_folder, Reporter(Console(quiet=True)), Cluster(), talks, {"train": [0]}, runners, False)
-    task = progress.add_task(f"{size} model by {transfer}", total=count + WARM_SWAPS)
+    chunkings = (MOST_CHUNKS, 1) if transfer == "object" else (MOST_CHUNKS,)
+    task = progress.add_task(f"{size} model by {transfer}", total=(count + WARM_SWAPS) * len(chunkings))
     try:
         await run.start(settings)
         load = asyncio.create_task(keep_busy(run))
-        found = []
+        found: dict[int, list[Any]] = {chunks: [] for chunks in (MOST_CHUNKS, 1)}
         for _ in range(count + WARM_SWAPS):
-            await asyncio.sleep(0.3)
-            await run.publish(run.state.version + 1)
-            found.append(run.policy.swapper.last)
-            progress.advance(task)
-            if load.done():
-                load.result()
+            for chunks in chunkings:
+                await asyncio.sleep(0.3)
+                run.policy.swapper.transfer.most_chunks = chunks
+                await run.publish(run.state.version + 1)
+                found[chunks].append(run.policy.swapper.last)
+                progress.advance(task)
+                if load.done():
+                    load.result()
         load.cancel()
         await asyncio.gather(load, return_exceptions=True)
-        return found[WARM_SWAPS:]
+        return found[MOST_CHUNKS][WARM_SWAPS:], found[1][WARM_SWAPS:]
     finally:
         await run.close()
 
@@ -118,12 +123,15 @@ async def keep_busy(run: Run) -> None:
         await run.play_groups([0] * (2 * IN_FLIGHT), 1, sampled=True)
 
 
-def figures_of(size: str, transfer: str, found: list[Any]) -> dict[str, Any]:
-    """Medians of one model's swaps."""
+def figures_of(size: str, transfer: str, found: list[Any], alone: list[Any]) -> dict[str, Any]:
+    """Medians of one model's swaps, ``alone`` being those in one chunk."""
     whole = median(swap.seconds for swap in found) * 1e3
     figures = {f"swap_ms_{size}_{transfer}": round(whole, 1)}
-    if all(swap.phases for swap in found):
-        figures[f"ratio_{size}"] = round(median(swap.seconds / swap.phases["apply"] for swap in found), 2)
+    if alone:
+        apply = median(swap.phases["apply"] for swap in alone) * 1e3
+        figures[f"apply_alone_ms_{size}"] = round(apply, 1)
+        figures[f"swap_ms_{size}_one_chunk"] = round(median(swap.seconds for swap in alone) * 1e3, 1)
+        figures[f"ratio_{size}"] = round(whole / apply, 2)
         figures[f"gb_per_s_{size}"] = round(found[0].bytes / 1e6 / whole, 2)
         for name in found[0].phases:
             figures[f"{name}_ms_{size}"] = round(median(swap.phases[name] for swap in found) * 1e3, 1)
@@ -136,7 +144,7 @@ async def measure(folder: Path, quick: bool, progress: Progress) -> dict[str, An
     figures: dict[str, Any] = {}
     for transfer in ("object",) if quick else ("object", "gloo"):
         for size in SIZES:
-            figures |= figures_of(size, transfer, await swaps(folder, size, transfer, count, progress))
+            figures |= figures_of(size, transfer, *await swaps(folder, size, transfer, count, progress))
     return {
         "swap_over_apply_ratio": figures.pop("ratio_83m"),
         "swap_ms_tiny": figures["swap_ms_tiny_object"],

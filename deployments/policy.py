@@ -31,6 +31,7 @@ from lightning_ray.policy.adapter_serving import AdapterRequests, with_adapter
 from lightning_ray.policy.engine_arguments import engine_arguments
 from lightning_ray.policy.engine_load import EngineLoad
 from lightning_ray.policy.loaded import Loaded
+from lightning_ray.policy.phases import Phases
 from lightning_ray.policy.proof import CANARY, max_difference
 from lightning_ray.store.schema import spans_to_batch
 
@@ -177,32 +178,44 @@ class Policy:
         """
         if only is not None and self.replica_id not in only:
             return None
-        from lightning_ray.policy.object_transfer import lend
-
-        clock = {"began": time.perf_counter()}
-        parts = await offer["weights"][0]
-        clock["fetch"] = time.perf_counter()
-        await self._freeze()
-        clock["freeze"] = time.perf_counter()
-        with lend(parts, self.settings.chosen_process == "replica") as name:
-            update = {"name": name, "layout": [list(entry) for entry in offer["layout"]]}
-            if "adapter" in offer:
-                await self.engine.collective_rpc("lightning_ray_load_adapter", kwargs={**update, **offer["adapter"]})
-                self.adapter.serve(version)
-            else:
-                await self.engine.collective_rpc("lightning_ray_load", kwargs={"update_info": update})
-        clock["apply"] = time.perf_counter()
+        phases = Phases()
+        fetching = [asyncio.ensure_future(_fetch(chunk)) for chunk in offer["chunks"]]
+        try:
+            await fetching[0]  # while it is not there, sampling goes on
+            phases.end("export")
+            await self._freeze()
+            phases.end("freeze")
+            size = 0
+            for place, chunk in enumerate(fetching):
+                told, parts = await chunk
+                phases.end("fetch")
+                await self._load(told, parts, place == 0, place == len(fetching) - 1)
+                phases.end("apply")
+                size += sum(part.nbytes for part in parts)
+        finally:
+            for chunk in fetching:
+                chunk.cancel()
+        if self.settings.chosen_transfer == "adapter":
+            self.adapter.serve(version)
         proving = await self._ask_canaries(version, offer["canaries"])
         await self._thaw(version)
         found = await proving
-        clock["prove"] = time.perf_counter()
+        phases.end("prove")
         expected = [[float(x) for x in row] for row in await offer["expected"][0]]
+        phases.end("expected")
         shown = self._judge(version, expected, found, offer["tolerance"])
-        clock["expected"] = time.perf_counter()
-        phases = {
-            name: end - begin for (name, end), begin in zip(list(clock.items())[1:], clock.values(), strict=False)
-        }
-        return {**shown, "parameters": offer["parameters"], "bytes": offer["bytes"], "phases": phases}
+        return {**shown, "bytes": size, "phases": phases.seconds}
+
+    async def _load(self, chunk: dict[str, Any], parts: Sequence[Any], first: bool, last: bool) -> None:
+        """Have the engine load a chunk of the weights, or a whole adapter."""
+        from lightning_ray.policy.object_transfer import lend
+
+        with lend(parts, self.settings.chosen_process == "replica") as name:
+            update = {"name": name, "layout": [list(entry) for entry in chunk["layout"]]}
+            if "adapter" in chunk:
+                await self.engine.collective_rpc("lightning_ray_load_adapter", kwargs={**update, **chunk["adapter"]})
+            else:
+                await self.engine.collective_rpc("lightning_ray_load", args=(update, first, last))
 
     async def connect(self, init_info: dict[str, Any], offsets: dict[str, int]) -> str:
         """Join the trainer's transfer group; ``offsets`` gives the group rank of each replica's first worker."""
@@ -309,3 +322,9 @@ class Policy:
         engine = getattr(self, "engine", None)
         if engine is not None:
             engine.shutdown()
+
+
+async def _fetch(chunk: Any) -> tuple[dict[str, Any], Any]:
+    """What rank 0 says of a chunk, and its bytes on this node."""
+    told = await chunk
+    return told, await told["weights"][0]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from lightning_ray.policy.plan import assign_rows, split_rollouts
+from lightning_ray.policy.plan import alike, assign_rows, split_rollouts
 from lightning_ray.policy.settings import UpdateSettings
 
 
@@ -48,3 +48,17 @@ def test_settings_explain_themselves() -> None:
         UpdateSettings(model_path="m", loss_aggregation="seq-mean-token-sum-norm")
     with pytest.raises(ValidationError, match="learning_rat"):
         UpdateSettings(model_path="m", learning_rat=1.0)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "most", "found"),
+    [
+        ([], 10, []),
+        ([5, 5], 10, [[0, 1]]),
+        ([5, 5, 5], 10, [[0, 1], [2]]),
+        ([5, 3, 5, 3], 100, [[0, 2], [1, 3]]),
+        ([50, 50], 10, [[0], [1]]),
+    ],
+)
+def test_sequences_of_one_length_go_together(lengths: list[int], most: int, found: list[list[int]]) -> None:
+    assert alike(lengths, most) == found

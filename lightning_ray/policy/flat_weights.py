@@ -6,6 +6,7 @@ pickle.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -25,6 +26,32 @@ def as_bytes(weights: Iterable[tuple[str, torch.Tensor]]) -> tuple[list[np.ndarr
         parts.append(whole.view(-1).view(torch.uint8).numpy())
         layout.append((name, str(whole.dtype).removeprefix("torch."), list(whole.shape)))
     return parts, layout
+
+
+def cut(
+    weights: Iterable[tuple[str, torch.Tensor]], chunks: int, size: int
+) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """So many runs of the tensors, all but the last of ``size`` bytes or some more, the last ones maybe empty.
+
+    A layer of the model (a name up to its first number) is not cut apart: engines load it whole.
+    """
+    left, held, block = chunks, list[tuple[str, torch.Tensor]](), ""
+    filled = 0
+    for name, tensor in weights:
+        if left > 1 and filled >= size and block != _block(name):
+            yield held
+            left, held, filled = left - 1, [], 0
+        held.append((name, tensor))
+        filled += tensor.numel() * tensor.element_size()
+        block = _block(name)
+    yield held
+    yield from ([] for _ in range(left - 1))
+
+
+def _block(name: str) -> str:
+    """``model.layers.3`` of ``model.layers.3.mlp.up_proj.weight``; a name without a number as it is."""
+    block = re.match(r".*?\.\d+(?=\.)", name)
+    return name if block is None else block[0]
 
 
 def as_tensors(parts: Sequence[np.ndarray], layout: Layout) -> Iterator[tuple[str, torch.Tensor]]:

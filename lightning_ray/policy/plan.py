@@ -7,6 +7,8 @@ because each forward and backward pass is a collective call.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 
@@ -32,6 +34,18 @@ def assign_rows(rows: np.ndarray, lengths: np.ndarray, ranks: int, max_tokens: i
     most = max(len(part) for part in micro)
     empty = np.zeros(0, dtype=np.int64)
     return [part + [empty] * (most - len(part)) for part in micro]
+
+
+def alike(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Places of equal length together, at most ``max_tokens`` tokens (or one place) a list."""
+    by_length: dict[int, list[int]] = {}
+    for place, length in enumerate(lengths):
+        by_length.setdefault(length, []).append(place)
+    found = []
+    for length, places in by_length.items():
+        most = max(1, max_tokens // max(1, length))
+        found += [places[begin : begin + most] for begin in range(0, len(places), most)]
+    return found
 
 
 def _cut(longest_first: list[int], lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from lightning_ray.net import free_port
-from lightning_ray.policy.flat_weights import as_bytes
+from lightning_ray.policy.flat_weights import as_bytes, cut
 from lightning_ray.policy.settings import UpdateSettings
 
 Broadcast = Callable[..., list[Any]]
@@ -72,6 +72,7 @@ class WeightPublisher:
         self._backend = backend
         self._engine: Any = None
         self._client: ReplicaClient | None = None
+        self._chunks: Iterator[list[tuple[str, torch.Tensor]]]
 
     def connect(self, broadcast: Broadcast, offsets: dict[str, int], world_size: int, address: str) -> None:
         """Form the transfer group of rank 0 and ``world_size - 1`` engine workers."""
@@ -90,22 +91,24 @@ class WeightPublisher:
             source=_source(self._weights, source),
         )
 
-    def export(self) -> dict[str, Any] | None:
-        """The weights, or their adapter, in the object store, from rank 0: ``weights`` (a reference in a list, so that
-        it is passed on as such), their ``layout``, ``parameters`` and ``bytes``; of an adapter ``adapter`` too, its
-        rank and alpha. A collective, as the others.
+    def export(self, chunk: int = 0, chunks: int = 1, size: int = 0) -> dict[str, Any] | None:
+        """A chunk of the weights, or of their adapter, in the object store, from rank 0; the first one begins anew.
+
+        All but the last have some ``size`` bytes. It has ``weights`` (a reference in a list, so that it is passed on as
+        such), their ``layout`` and ``bytes``; of an adapter ``adapter`` too, its rank and alpha. A collective, as the
+        others.
         """
         adapter = self._backend == "adapter"
-        tensors = self._weights.named_adapter() if adapter else self._weights.named_weights()
+        if chunk == 0:
+            tensors = self._weights.named_adapter() if adapter else self._weights.named_weights()
+            self._chunks = cut(tensors, chunks, size)
+        part = next(self._chunks)
         if self._rank != 0:
-            for _ in tensors:
-                pass
             return None
         import ray
 
-        parts, layout = as_bytes(tensors)
-        size = sum(part.nbytes for part in parts)
-        offer = {"weights": [ray.put(parts)], "layout": layout, "parameters": len(layout), "bytes": size}
+        parts, layout = as_bytes(part)
+        offer = {"weights": [ray.put(parts)], "layout": layout, "bytes": sum(part.nbytes for part in parts)}
         lora = self._weights.settings.lora
         return {**offer, "adapter": {"rank": lora.rank, "alpha": lora.alpha}} if adapter else offer
 

@@ -5,7 +5,7 @@
 
 Replicas that restarted or joined since the last swap are found by ``describe``. A replica that is not proved answers
 nobody. Invariant: ``publish`` returns only when every live replica has reproduced the trainer's canary logprobs under
-the new version, and has loaded as many parameters and bytes as the trainer sent.
+the new version; by the object store, also has loaded as many bytes as the trainer sent.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class PolicySwapper:
     ):
         self._replicas = replicas
         self._trainers = trainers
-        self._transfer = transfer
+        self.transfer = transfer
         self._tolerance = tolerance
         self._timeout = timeout
         self._restart_timeout = restart_timeout
@@ -116,13 +116,13 @@ class PolicySwapper:
         """To replicas that may come and go meanwhile."""
         for remaining in reversed(range(TRIES)):
             try:
-                if self._transfer.by_group or not self._known:
+                if self.transfer.by_group or not self._known:
                     self._known = await self._members()
-                return await self._transfer.send(version, self._known, only)
+                return await self.transfer.send(version, self._known, only)
             except TrainersLostError:
                 raise
             except Exception as error:
-                self._transfer.forget()
+                self.transfer.forget()
                 self._known = []
                 if not remaining:
                     raise

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 from lightning_ray.errors import InfrastructureError
@@ -23,8 +24,10 @@ Replicas = Callable[..., Awaitable[list[Any]]]
 Member = dict[str, Any]
 """What a replica says of itself: ``Policy.describe``."""
 Shown = dict[str, Any]
-"""What a replica showed: ``replica_id``, ``version``, ``max_logprob_diff``, and maybe ``parameters``, ``bytes`` and
-``phases`` (seconds of each part of the swap, in order)."""
+"""What a replica showed: ``replica_id``, ``version``, ``max_logprob_diff``, and maybe ``bytes`` and ``phases`` (seconds
+of each part of the swap, in order)."""
+CHUNK_BYTES = 64 * 2**20
+MOST_CHUNKS = 8
 
 
 class Trainers(Protocol):
@@ -34,6 +37,9 @@ class Trainers(Protocol):
 
     def begin(self, method: str, *args: Any) -> list[Any]:
         """Call all ranks without waiting; references to their answers."""
+
+    async def answers(self, references: Sequence[Any], method: str, timeout: float) -> list[Any]:
+        """What ``call`` returns, of a call that was begun."""
 
 
 class Transfer(Protocol):
@@ -55,37 +61,67 @@ def canaries_of(members: Sequence[Member]) -> list[list[int]]:
 
 
 class ObjectTransfer:
-    """By the object store. The trainer computes the canaries' logprobs while the replicas load."""
+    """By the object store, in chunks, so that the replicas load one while the trainer hands out the next. The trainer
+    computes the canaries' logprobs while the replicas load.
+    """
 
     by_group = False
 
-    def __init__(self, replicas: Replicas, trainers: Trainers, tolerance: float, timeout: float):
+    def __init__(
+        self,
+        replicas: Replicas,
+        trainers: Trainers,
+        tolerance: float,
+        timeout: float,
+        most_chunks: int = MOST_CHUNKS,
+    ):
         self._replicas = replicas
         self._trainers = trainers
         self._tolerance = tolerance
         self._timeout = timeout
+        self.most_chunks = most_chunks
+        self._bytes = 0
+        """Of the weights, as they were last."""
 
     async def send(self, version: int, members: Sequence[Member], only: Sequence[str] | None = None) -> list[Shown]:
-        """One call for each replica: fetch, freeze, load, go on, prove."""
+        """One call for each replica: fetch, freeze, load, go on, prove. Only the replicas wait for the chunks."""
         canaries, began = canaries_of(members), time.perf_counter()
-        [weights, *_] = await self._trainers.call("export", timeout=self._timeout)
-        export = time.perf_counter() - began
+        chunks = max(1, min(self.most_chunks, self._bytes // CHUNK_BYTES))
+        size = self._bytes // chunks
+        exports = [self._trainers.begin("export", chunk, chunks, size) for chunk in range(chunks)]
         expected = self._trainers.begin("logprobs", canaries)
-        offer = {**weights, "canaries": canaries, "expected": expected[:1], "tolerance": self._tolerance}
+        offer = {
+            "chunks": [references[0] for references in exports],
+            "canaries": canaries,
+            "expected": expected[:1],
+            "tolerance": self._tolerance,
+        }
+        exporting = asyncio.gather(*(self._trainers.answers(each, "export", self._timeout) for each in exports))
+        computing = asyncio.ensure_future(self._trainers.answers(expected, "logprobs", self._timeout))
         swapping = asyncio.ensure_future(self._replicas("swap", version, offer, only))
-        computing = asyncio.gather(*(_answer(reference) for reference in expected))
+        tasks = (exporting, computing, swapping)
         try:
             async with asyncio.timeout(self._timeout):
-                await asyncio.wait({swapping, computing}, return_when=asyncio.FIRST_EXCEPTION)
-                await computing
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+                for task in tasks:  # why a rank failed says more than that a replica got nothing from it
+                    if task.done():
+                        task.result()
                 found = [shown for shown in await swapping if shown is not None]
-                return [{**shown, "phases": {"export": export, **shown["phases"]}} for shown in found]
         finally:
-            swapping.cancel()
-            computing.cancel()
+            for task in tasks:
+                task.cancel()
+        self._bytes = sum(chunk[0]["bytes"] for chunk in exporting.result())
+        seconds = time.perf_counter() - began
+        return [self._told(shown, seconds) for shown in found]
 
     def forget(self) -> None:
         """Nothing is agreed upon."""
+
+    def _told(self, shown: Shown, seconds: float) -> Shown:
+        """What a replica showed; nothing if it did not get all bytes. ``call`` is the way there and back."""
+        phases = {"call": seconds - sum(shown["phases"].values()), **shown["phases"]}
+        lacking = {} if shown["bytes"] == self._bytes else {"max_logprob_diff": float("inf")}
+        return {**shown, "phases": phases, **lacking}
 
 
 class GroupTransfer:
@@ -125,15 +161,11 @@ class GroupTransfer:
         self._connected = ids
 
 
-async def _answer(reference: Any) -> Any:
-    return await reference
-
-
 def transfer_of(backend: str, replicas: Replicas, trainers: Trainers, tolerance: float, timeout: float) -> Transfer:
     """The way of that name."""
     ways: dict[str, Callable[..., Transfer]] = {
         "object": ObjectTransfer,
-        "adapter": ObjectTransfer,
+        "adapter": partial(ObjectTransfer, most_chunks=1),
         "gloo": GroupTransfer,
         "nccl": GroupTransfer,
     }

@@ -24,7 +24,7 @@ from lightning_ray.policy.figures import update_figures
 from lightning_ray.policy.loaded import write_canaries
 from lightning_ray.policy.micro_batch import LogprobGap, Minibatch, pad_rows
 from lightning_ray.policy.model_folder import check_model_folder, vocabulary_of
-from lightning_ray.policy.plan import assign_rows, split_rollouts
+from lightning_ray.policy.plan import alike, assign_rows, split_rollouts
 from lightning_ray.policy.proof import canary_prompts
 from lightning_ray.policy.settings import UpdateSettings
 from lightning_ray.policy.staleness import staleness
@@ -133,15 +133,15 @@ class PolicyUpdater:
 
         Every rank computes, and returns, all of them.
         """
-        results = []
+        found: dict[int, np.ndarray] = {}
         with self._engine.eval_mode():
-            for sequence in sequences:
-                token_ids = torch.tensor([sequence], dtype=torch.int64)
-                wanted = torch.ones((1, len(sequence) - 1), dtype=torch.bool)
-                micro = TensorDict({"token_ids": token_ids, "wanted": wanted}, batch_size=1)
-                results.append(self._scorer.forward(micro)["log_probs"][0].cpu().numpy())
+            for places in alike([len(sequence) for sequence in sequences], self.settings.micro_batch_tokens):
+                token_ids = torch.tensor([sequences[place] for place in places], dtype=torch.int64)
+                wanted = torch.ones((len(places), token_ids.shape[1] - 1), dtype=torch.bool)
+                micro = TensorDict({"token_ids": token_ids, "wanted": wanted}, batch_size=len(places))
+                found |= zip(places, self._scorer.forward(micro)["log_probs"].cpu().numpy(), strict=True)
         self._engine.reshard()
-        return results
+        return [found[place] for place in range(len(sequences))]
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Whole tensors under their Hugging Face names, one after the other; a tied head is not repeated, and a LoRA

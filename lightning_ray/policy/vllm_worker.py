@@ -34,11 +34,24 @@ class WorkerExtension:
         """The fingerprint of this worker's weights."""
         return digest(self.model_runner.model)  # type: ignore[attr-defined]
 
-    def lightning_ray_load(self, update_info: dict[str, Any]) -> None:
-        """A whole weight update in one call."""
-        self.start_weight_update()  # type: ignore[attr-defined]
+    lightning_ray_open = False
+    """Whether a weight update was begun and not ended."""
+
+    def lightning_ray_load(self, update_info: dict[str, Any], first: bool, last: bool) -> None:
+        """A chunk of a weight update; the first begins it, the last ends it."""
+        if first:
+            if self.lightning_ray_open:  # and then broken off: what it left half loaded is loaded anew
+                self._lightning_ray_end()
+            self.start_weight_update()  # type: ignore[attr-defined]
+            self.lightning_ray_open = True
         self.update_weights(update_info)  # type: ignore[attr-defined]
+        if last:
+            self._lightning_ray_end()
+
+    def _lightning_ray_end(self) -> None:
+        self._weight_update_active = True  # an update that failed is no longer active, yet open
         self.finish_weight_update()  # type: ignore[attr-defined]
+        self.lightning_ray_open = False
 
     def lightning_ray_load_adapter(self, name: str, layout: Layout, rank: int, alpha: float) -> None:
         """Exchange the LoRA adapter for the lent one."""

@@ -188,7 +188,7 @@ async def test_a_swap_that_moved_nothing_is_refused_by_the_names_of_what_differs
     episodes, group = await run.play_groups(TASKS, 4, sampled=True)
     await run.update(batch_of(settle(episodes, group).trained, group))
     swapper: Any = run.policy.swapper
-    send = swapper._transfer.send
+    send = swapper.transfer.send
 
     async def send_nothing(version: int, members: Any, only: Any = None) -> Any:
         canaries = canaries_of(members)
@@ -198,10 +198,10 @@ async def test_a_swap_that_moved_nothing_is_refused_by_the_names_of_what_differs
     async def no_restart(replica_ids: Any) -> None:
         pass
 
-    restart, swapper._restart, swapper._transfer.send = swapper._restart, no_restart, send_nothing
+    restart, swapper._restart, swapper.transfer.send = swapper._restart, no_restart, send_nothing
     with pytest.raises(SwapError) as refused:
         await run.publish(run.state.version)
-    swapper._restart, swapper._transfer.send = restart, send
+    swapper._restart, swapper.transfer.send = restart, send
     assert "lm_head.weight (tied to model.embed_tokens.weight)" in str(refused.value)
     assert "model.layers.*.mlp.down_proj.weight (2)" in str(refused.value)
     await run.publish(run.state.version + 1)

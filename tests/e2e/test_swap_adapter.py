@@ -151,8 +151,8 @@ def spoiling(spoil: Callable[[list[Any], list[Any]], None]) -> Callable[[Any], N
     def change(rank: Any) -> None:
         export = rank.publisher.export
 
-        def spoiled() -> Any:
-            offer = export()
+        def spoiled(*chunk: int) -> Any:
+            offer = export(*chunk)
             rank.publisher.export = export
             if offer is None:
                 return None

@@ -1,6 +1,7 @@
 """Swaps that go wrong on the way: each ends proved, or stopped with a named error; never silent, never hanging.
 
-Faults are put into the real actors: what trainer rank 0 exports, how long it takes, who is killed when.
+Faults are put into the real actors: what trainer rank 0 exports, how long it takes, who is killed when. Weights travel
+in chunks, small as the model is.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from lightning_ray.algorithms.grpo import GRPO
 from lightning_ray.cluster import Cluster
 from lightning_ray.config import EngineSettings, RunnerSettings
 from lightning_ray.errors import TrainersLostError
+from lightning_ray.policy import transfer
 from lightning_ray.progress import Reporter
 from lightning_ray.run import Run
 from lightning_ray.run_folder import RunFolder
@@ -38,8 +40,10 @@ async def run(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Run]:
     runners = RunnerSettings(minimum=1, maximum=1, concurrency=8)
     run = Run(folder, Reporter(Console(quiet=True)), Cluster(), two_turns, {"train": TASKS}, runners, False)
     try:
-        await run.start(settings)
-        yield run
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(transfer, "CHUNK_BYTES", 40_000)
+            await run.start(settings)
+            yield run
     finally:
         await run.close()
 
@@ -48,21 +52,22 @@ async def at_rank_0(run: Run, change: Callable[[Any], None]) -> None:
     await run.cluster.trainers.ranks[0].__ray_call__.remote(change)
 
 
-def spoiling(times: int, spoil: Callable[[list[Any], list[Any]], None]) -> Callable[[Any], None]:
-    """Spoils what the next ``times`` exports hand out."""
+def spoiling(times: int, spoil: Callable[[list[Any], list[Any], int], None], part: str) -> Callable[[Any], None]:
+    """Spoils the first tensor of that name in what the next ``times`` exports hand out."""
 
     def change(rank: Any) -> None:
         export, left = rank.publisher.export, [times]
 
-        def spoiled() -> Any:
+        def spoiled(*chunk: int) -> Any:
             import ray
 
-            offer = export()
-            if left[0] > 0:
+            offer = export(*chunk)
+            layout = list(offer["layout"])
+            places = [place for place, (name, _, _) in enumerate(layout) if f"layers.1.{part}" in name]
+            if left[0] > 0 and places:
                 left[0] -= 1
-                parts = [part.copy() for part in ray.get(offer["weights"][0])]
-                layout = list(offer["layout"])
-                spoil(parts, layout)
+                parts = [each.copy() for each in ray.get(offer["weights"][0])]
+                spoil(parts, layout, places[0])
                 offer = {**offer, "weights": [ray.put(parts)], "layout": layout}
             return offer
 
@@ -71,14 +76,12 @@ def spoiling(times: int, spoil: Callable[[list[Any], list[Any]], None]) -> Calla
     return change
 
 
-def flip(parts: list[Any], layout: list[Any]) -> None:
-    index = next(i for i, (name, _, _) in enumerate(layout) if "down_proj" in name)
+def flip(parts: list[Any], layout: list[Any], index: int) -> None:
     values = parts[index].view("float32")
     values *= -1
 
 
-def drop(parts: list[Any], layout: list[Any]) -> None:
-    index = next(i for i, (name, _, _) in enumerate(layout) if "q_proj" in name)
+def drop(parts: list[Any], layout: list[Any], index: int) -> None:
     del parts[index], layout[index]
 
 
@@ -91,11 +94,35 @@ async def still_works(run: Run) -> None:
     assert versions == {run.state.version}
 
 
-@pytest.mark.parametrize("spoil", [flip, drop])
-async def test_weights_that_were_spoiled_once_are_sent_again(run: Run, spoil: Any) -> None:
+async def test_weights_travel_in_chunks(run: Run) -> None:
+    chunks = []
+
+    def count(rank: Any) -> None:
+        export = rank.publisher.export
+
+        def counted(*chunk: int) -> Any:
+            offer = export(*chunk)
+            rank.seen = [*getattr(rank, "seen", ()), (*chunk[:2], len(offer["layout"]))]
+            return offer
+
+        rank.publisher.export = counted
+
+    await at_rank_0(run, other_weights)
+    await at_rank_0(run, count)
+    await run.publish(run.state.version + 1)
+    chunks = await run.cluster.trainers.ranks[0].__ray_call__.remote(lambda rank: rank.seen)
+    assert [chunk[0] for chunk in chunks] == list(range(chunks[0][1])) and chunks[0][1] > 2
+    assert sum(tensors > 0 for _, _, tensors in chunks) > 2
+    swap = run.policy.swapper.last
+    assert swap is not None and not swap.mended
+    await still_works(run)
+
+
+@pytest.mark.parametrize(("spoil", "part"), [(flip, "mlp.down_proj"), (drop, "self_attn.q_proj")])
+async def test_weights_that_were_spoiled_once_are_sent_again(run: Run, spoil: Any, part: str) -> None:
     # Other weights, so that what is missing shows.
     await at_rank_0(run, other_weights)
-    await at_rank_0(run, spoiling(1, spoil))
+    await at_rank_0(run, spoiling(1, spoil, part))
     await run.publish(run.state.version + 1)
     swap = run.policy.swapper.last
     assert swap is not None and len(swap.mended) == 1 and "got the weights again" in swap.mended[0]
@@ -108,6 +135,27 @@ def other_weights(rank: Any) -> None:
     with torch.no_grad():
         for parameter in rank.updater._engine.module.parameters():
             parameter.mul_(1.01)
+
+
+async def test_weights_that_broke_off_after_some_chunks_are_sent_again(run: Run) -> None:
+    def breaks_off(rank: Any) -> None:
+        export = rank.publisher.export
+
+        def fails(chunk: int, *rest: int) -> Any:
+            if chunk == 2:
+                rank.publisher.export = export
+                raise OSError("the cable is out")
+            return export(chunk, *rest)
+
+        rank.publisher.export = fails
+
+    await at_rank_0(run, other_weights)
+    await at_rank_0(run, breaks_off)
+    await run.publish(run.state.version + 1)
+    swap = run.policy.swapper.last
+    assert swap is not None and len(swap.mended) == 1 and "sent again" in swap.mended[0]
+    assert "the cable is out" in swap.mended[0]
+    await still_works(run)
 
 
 async def test_a_replica_that_dies_in_the_middle_does_not_stop_the_swap(run: Run) -> None:
@@ -141,7 +189,7 @@ async def test_a_replica_that_dies_in_the_middle_does_not_stop_the_swap(run: Run
 async def test_replicas_that_cannot_be_mended_are_restarted(run: Run) -> None:
     await at_rank_0(run, other_weights)
     before = {m["replica_id"] for m in await run.cluster.replicas("describe")}
-    await at_rank_0(run, spoiling(2, flip))
+    await at_rank_0(run, spoiling(2, flip, "mlp.down_proj"))
     await asyncio.wait_for(run.publish(run.state.version + 1), 240)
     swap = run.policy.swapper.last
     assert swap is not None and "was restarted" in swap.mended[-1]
@@ -151,7 +199,7 @@ async def test_replicas_that_cannot_be_mended_are_restarted(run: Run) -> None:
 
 async def test_a_rank_that_dies_in_the_push_is_named(run: Run) -> None:
     def dies(rank: Any) -> None:
-        rank.publisher.export = lambda: os.kill(os.getpid(), signal.SIGKILL)
+        rank.publisher.export = lambda *chunk: os.kill(os.getpid(), signal.SIGKILL)
 
     await at_rank_0(run, dies)
     with pytest.raises(TrainersLostError, match=r"trainer rank 0 died during 'export'"):
