@@ -128,7 +128,7 @@ class PolicyTrainerGroup:
         env = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
         actor = ray.remote(PolicyTrainer).options(
             num_cpus=1,
-            num_gpus=1 if settings.device == "cuda" else 0,
+            num_gpus=settings.gpu_share if settings.device == "cuda" else 0,
             runtime_env={"env_vars": env},
         )
         group = cls([actor.remote(settings, rank, ranks) for rank in range(ranks)])

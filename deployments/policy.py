@@ -65,6 +65,7 @@ class Policy:
         self.secret = secret
         self.replica_id = uuid.uuid4().hex[:8]
         self.swapping_since: float | None = None
+        self.asleep = False
         self.swaps: deque[dict[str, Any]] = deque(maxlen=SWAPS_KEPT)
         self.given_up = False
         self.audience = audience
@@ -168,7 +169,7 @@ class Policy:
             "transfer": self.settings.chosen_transfer,
             "version": self.capture.version,
             "proved": self.capture.proved.is_set(),
-            "swapping": self.swapping_since is not None,
+            "swapping": self.swapping_since is not None or self.asleep,
             "loaded_diff": self.loaded_diff,
         }
 
@@ -221,7 +222,8 @@ class Policy:
         """Join the trainer's transfer group; ``offsets`` gives the group rank of each replica's first worker."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
-        info = {**init_info, "rank_offset": offsets[self.replica_id]}
+        own = {"rank_offset": offsets[self.replica_id]} if "rank_offset" in init_info else {}  # by IPC none meet
+        info = init_info | own
         await self.engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info))
         return self.replica_id
 
@@ -231,10 +233,21 @@ class Policy:
         await self.engine.start_weight_update()
         return self.replica_id
 
+    async def sleep(self) -> str:
+        """Give up the GPU's memory until the next swap; nobody is answered meanwhile."""
+        await self._freeze()
+        level = 1 if self.settings.chosen_transfer == "adapter" else 2  # the next swap brings no base to an adapter
+        await self.engine.sleep(level, self.settings.swap_mode)
+        self.asleep, self.swapping_since = True, None
+        return self.replica_id
+
     async def _freeze(self) -> None:
         """From here on nothing is sampled and nobody is answered until the proof."""
         assert self.capture is not None
         self.swapping_since = time.time()
+        if self.asleep:
+            await self.engine.wake_up(["weights"])
+            return
         # Not pause_generation: that sleeps for the outputs which flush() waits for.
         await self.engine.renderer.clear_mm_cache_async()
         await self.engine.engine_core.pause_scheduler_async(mode=self.settings.swap_mode, clear_cache=True)
@@ -246,7 +259,11 @@ class Policy:
         assert self.capture is not None
         await self.engine.update_weight_version(str(version))
         self.capture.mark_swap(version)
-        await self.engine.resume_generation()
+        if self.asleep:
+            await self.engine.wake_up(["kv_cache"])  # which resumes too, once nothing is asleep
+            self.asleep = False
+        else:
+            await self.engine.resume_generation()
         began, self.swapping_since = self.swapping_since, None
         took = None if began is None else round(time.time() - began, 4)
         self.swaps.append({"version": version, "time": time.time(), "seconds": took, "proved": False})

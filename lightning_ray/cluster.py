@@ -302,8 +302,10 @@ def policy_options(settings: EngineSettings) -> dict[str, Any]:
         "max_ongoing_requests": settings.max_calls,
         "graceful_shutdown_timeout_s": settings.drain_seconds,
     }
+    if settings.whole_transfer == "ipc":
+        variables["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # handles to memory, from the replica to its own engine
     if settings.device == "cuda" and settings.world_size == 1:
-        actor["num_gpus"] = 1
+        actor["num_gpus"] = settings.gpu_share
     elif settings.device == "cuda":
         options["placement_group_bundles"] = [{"CPU": 1}, *({"CPU": 1, "GPU": 1} for _ in range(settings.world_size))]
         options["placement_group_strategy"] = "PACK"

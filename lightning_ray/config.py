@@ -57,10 +57,15 @@ class EngineSettings(Settings):
     """vLLM's parser of reasoning (``qwen3``, ``deepseek_r1``, ...)."""
     arguments: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of ``vllm serve`` by their names without dashes; true for a flag."""
-    transfer: Literal["auto", "adapter", "object", "gloo", "nccl"] = "auto"
+    share_gpu: bool = False
+    """Whether a trainer rank and the engine live on one GPU, each by half of it as Ray counts."""
+    sleep: bool = False
+    """On a shared GPU: whether the engine gives up its memory (vLLM's sleep) while the trainer updates; it answers
+    again when the swap is proved."""
+    transfer: Literal["auto", "adapter", "object", "gloo", "nccl", "ipc"] = "auto"
     """What carries the weights from trainer to engine. ``adapter`` sends a LoRA adapter alone, by the object store, and
     the engine computes with it beside its own weights; the others send whole weights, an adapter merged in. ``auto`` is
-    ``adapter`` with LoRA where vLLM can, else the object store on CPU and NCCL on CUDA."""
+    ``adapter`` with LoRA where vLLM can, else the object store on CPU, NCCL on CUDA, and on a shared GPU CUDA IPC."""
     adapter_rank: int = Field(default=0, ge=0)
     """Rank of the LoRA adapter that is trained; the algorithm sets it."""
     swap_mode: Literal["keep", "wait"] = "keep"
@@ -89,19 +94,41 @@ class EngineSettings(Settings):
             return "float32" if self.device == "cpu" else "bfloat16"
         return self.dtype
 
+    @model_validator(mode="after")
+    def _one_gpu_for_both(self) -> EngineSettings:
+        if self.share_gpu and self.device != "cuda":
+            raise ValueError("share_gpu is for GPUs: set device='cuda' too, or leave it out")
+        if self.share_gpu and (self.world_size > 1 or self.max_replicas not in (None, self.replicas)):
+            raise ValueError(
+                "share_gpu puts each replica beside a trainer rank: it goes with tensor_parallel=1, "
+                "pipeline_parallel=1 and a fixed number of replicas"
+            )
+        if self.sleep and not self.share_gpu:
+            raise ValueError("sleep leaves a shared GPU to the trainer: set share_gpu=true too, or leave it out")
+        if self.transfer == "ipc" and not self.share_gpu:
+            raise ValueError("transfer='ipc' hands over GPU memory in place: set share_gpu=true, or transfer='nccl'")
+        if self.transfer == "nccl" and self.share_gpu:
+            raise ValueError("NCCL has no group with two ranks on one GPU: leave transfer at 'auto', or share_gpu out")
+        return self
+
     @property
-    def chosen_transfer(self) -> Literal["adapter", "object", "gloo", "nccl"]:
+    def chosen_transfer(self) -> Literal["adapter", "object", "gloo", "nccl", "ipc"]:
         """``transfer``, with ``auto`` decided; the engine may find that it cannot serve an adapter."""
         if self.transfer != "auto":
             return self.transfer
         return "adapter" if self.adapter_rank else self.whole_transfer
 
     @property
-    def whole_transfer(self) -> Literal["object", "gloo", "nccl"]:
+    def whole_transfer(self) -> Literal["object", "gloo", "nccl", "ipc"]:
         """What carries whole weights, if they are sent."""
         if self.transfer == "auto" or self.transfer == "adapter":
-            return "object" if self.device == "cpu" else "nccl"
+            return "object" if self.device == "cpu" else "ipc" if self.share_gpu else "nccl"
         return self.transfer
+
+    @property
+    def gpu_share(self) -> float:
+        """GPUs of a worker, and of a trainer rank, as Ray counts them."""
+        return 0.0 if self.device == "cpu" else 0.5 if self.share_gpu else 1.0
 
 
 class RunnerSettings(Settings):

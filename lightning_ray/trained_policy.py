@@ -120,6 +120,8 @@ class TrainedPolicy:
     async def update(self, batch: pa.Table) -> dict[str, Any]:
         """One policy update on the trainer ranks; returns its figures, with ``seconds``."""
         began = time.perf_counter()
+        if self.settings.engine.sleep:
+            await self._cluster.replicas_of(self.name)("sleep")
         figures = await self.trainers.update(batch, self.state.version)
         return {**figures, "seconds": time.perf_counter() - began}
 

@@ -1,16 +1,23 @@
-"""The object store's way: what is asked of ranks and replicas, and what does not count as a proof."""
+"""Ways for weights: what is asked of ranks and replicas, what does not count as a proof, which way is taken when."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from lightning_ray.errors import InfrastructureError, TrainersLostError
+from lightning_ray.algorithms.grpo import GRPO
+from lightning_ray.cluster import policy_options
+from lightning_ray.config import EngineSettings, build
+from lightning_ray.errors import ConfigError, InfrastructureError, TrainersLostError
 from lightning_ray.policy.phases import Phases
+from lightning_ray.policy.publish import WeightPublisher, load_transfer
 from lightning_ray.policy.transfer import CHUNK_BYTES, MOST_CHUNKS, ObjectTransfer, transfer_of
 
 MEMBERS = [{"replica_id": "r", "vocabulary": 100, "workers": 1}]
@@ -110,3 +117,100 @@ def test_every_moment_belongs_to_a_phase(monkeypatch: pytest.MonkeyPatch) -> Non
     for name in ("fetch", "apply", "fetch", "apply"):
         phases.end(name)
     assert phases.seconds == {"fetch": 1.5, "apply": 6.0}
+
+
+# A GPU for both
+
+
+@pytest.mark.parametrize(
+    ("given", "chosen", "share"),
+    [
+        ({}, "object", 0.0),
+        ({"device": "cuda"}, "nccl", 1.0),
+        ({"device": "cuda", "share_gpu": True}, "ipc", 0.5),
+        ({"device": "cuda", "share_gpu": True, "transfer": "object"}, "object", 0.5),
+        ({"device": "cuda", "share_gpu": True, "adapter_rank": 4}, "adapter", 0.5),
+    ],
+)
+def test_on_a_shared_gpu_memory_is_handed_over_in_place(given: dict[str, Any], chosen: str, share: float) -> None:
+    settings = EngineSettings(**given)
+    assert (settings.chosen_transfer, settings.gpu_share) == (chosen, share)
+    options = policy_options(settings)
+    assert options["ray_actor_options"].get("num_gpus", 0.0) == share
+    variables = options["ray_actor_options"]["runtime_env"]["env_vars"]
+    assert ("VLLM_ALLOW_INSECURE_SERIALIZATION" in variables) == (settings.whole_transfer == "ipc")
+    ranks = GRPO(model="a/folder", engine=given | {"adapter_rank": 0}).update_settings(Path("a/folder"))
+    assert ranks.gpu_share == share
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"share_gpu": True}, "share_gpu is for GPUs: set device='cuda'"),
+        ({"transfer": "ipc"}, "set share_gpu=true, or transfer='nccl'"),
+        ({"device": "cuda", "transfer": "ipc"}, "set share_gpu=true, or transfer='nccl'"),
+        ({"device": "cuda", "share_gpu": True, "tensor_parallel": 2}, "it goes with tensor_parallel=1"),
+        ({"device": "cuda", "share_gpu": True, "max_replicas": 3}, "a fixed number of replicas"),
+        ({"device": "cuda", "share_gpu": True, "transfer": "nccl"}, "leave transfer at 'auto', or share_gpu out"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_with_the_fix(given: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        build(EngineSettings, given, "engine")
+
+
+@pytest.mark.parametrize("backend", ["ipc", "nccl"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_is_said_what_to_set(backend: str) -> None:
+    with pytest.raises(ConfigError, match=r"engine\.transfer='\w+' needs a CUDA GPU .*: set engine\.device='cpu'"):
+        load_transfer(backend)
+
+
+class Weights:
+    """One tensor, gathered from all ranks."""
+
+    settings: Any = None
+
+    def __init__(self) -> None:
+        self.gathered = 0
+
+    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        self.gathered += 1
+        yield "w", torch.zeros(2, 3)
+
+    named_adapter = named_weights
+
+
+@pytest.mark.parametrize(("backend", "ends"), [("ipc", [0, 1]), ("gloo", [0])])
+def test_by_ipc_each_rank_has_an_end_and_else_the_first_alone(
+    monkeypatch: pytest.MonkeyPatch, backend: str, ends: list[int]
+) -> None:
+    """vLLM's engines are not made: on CPU it is told which are asked for, and who sends."""
+    from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+    from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+
+    made, sent = [], []
+
+    class End:
+        def __init__(self, info: Any):
+            self.info = info
+
+        def send_weights(self) -> None:
+            sent.append(self.info.rank)
+
+    def trainer_init(info: Any, **rest: Any) -> End:
+        made.append(info)
+        return End(info)
+
+    monkeypatch.setattr(WeightTransferTrainerFactory, "trainer_init", trainer_init)
+    if backend == "ipc":
+        monkeypatch.setattr("lightning_ray.policy.publish.load_transfer", lambda name: IPCTrainerInitInfo)
+    for rank in range(2):
+        weights = Weights()
+        publisher = WeightPublisher(weights, rank, backend)
+        publisher.connect(lambda *call: [], {"r": 1}, 2, "127.0.0.1")
+        publisher.push(1)
+        assert weights.gathered == (1 if rank in ends else 2), "each rank takes part in gathering"
+    assert [info.rank for info in made] == ends and sent == ends
+    if backend == "ipc":
+        assert all(info.packed for info in made)

@@ -71,9 +71,11 @@ class WeightAlgorithm(AlgorithmSettings, TrainingSettings):
     engine: EngineSettings = EngineSettings()
 
     @model_validator(mode="after")
-    def _tell_engine_of_adapter(self) -> WeightAlgorithm:
+    def _fit_engine(self) -> WeightAlgorithm:
         if self.engine.transfer == "adapter" and not self.lora.rank:
             raise ValueError("engine.transfer='adapter' sends a LoRA adapter: set lora.rank too, or leave it at 'auto'")
+        if self.engine.sleep and self.max_staleness:
+            raise ValueError(f"engine.sleep leaves nobody to play during an update: max_staleness={self.max_staleness}")
         if self.engine.adapter_rank != self.lora.rank:
             self.engine = self.engine.model_copy(update={"adapter_rank": self.lora.rank})
         return self
@@ -111,6 +113,7 @@ class WeightAlgorithm(AlgorithmSettings, TrainingSettings):
         shared = UpdateSettings.model_fields.keys() & type(self).model_fields.keys()
         values = {name: getattr(self, name) for name in shared}
         values |= {"model_path": str(model), "device": self.engine.device, "dtype": self.engine.chosen_dtype}
+        values["gpu_share"] = self.engine.gpu_share
         values["credit"] = "step" if self.batch.credit == "step" else "outcome"
         if self.schedule_steps is None:
             values["schedule_steps"] = self.optimizer_steps()

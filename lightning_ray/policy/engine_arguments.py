@@ -28,6 +28,7 @@ def engine_arguments(model: str, model_name: str, settings: EngineSettings) -> l
         "disable-log-stats": True,
         "disable-uvicorn-access-log": True,
         "enforce-eager": settings.device == "cpu",
+        "enable-sleep-mode": settings.sleep,
         "enable-auto-tool-choice": settings.tool_parser is not None,
     }
     return _flat(arguments | settings.arguments)

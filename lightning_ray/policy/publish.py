@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from lightning_ray.errors import ConfigError
 from lightning_ray.net import free_port
 from lightning_ray.policy.flat_weights import as_bytes, cut
 from lightning_ray.policy.settings import UpdateSettings
@@ -77,19 +78,27 @@ class WeightPublisher:
     def connect(self, broadcast: Broadcast, offsets: dict[str, int], world_size: int, address: str) -> None:
         """Form the transfer group of rank 0 and ``world_size - 1`` engine workers."""
         source = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self._weights.named_weights()]
-        if self._rank != 0:
+        if not self._sends:
             return
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
         init_info_of = load_transfer(self._backend)
+        if self._backend == "ipc":  # bounded buffers, one after the other
+            init_info = init_info_of(rank=self._rank, packed=True)
+        else:
+            port = free_port(address)
+            init_info = init_info_of(master_address=address, master_port=port, world_size=world_size, rank=0)
         self._client = ReplicaClient(broadcast, offsets)
         if self._engine is not None:
             self._engine.shutdown()
         self._engine = WeightTransferTrainerFactory.trainer_init(
-            init_info_of(master_address=address, master_port=free_port(address), world_size=world_size, rank=0),
-            client=self._client,
-            source=_source(self._weights, source),
+            init_info, client=self._client, source=_source(self._weights, source)
         )
+
+    @property
+    def _sends(self) -> bool:
+        """Whether this rank has an end of the transfer: by IPC each has one, for the engine on its own GPU."""
+        return self._rank == 0 or self._backend == "ipc"
 
     def export(self, chunk: int = 0, chunks: int = 1, size: int = 0) -> dict[str, Any] | None:
         """A chunk of the weights, or of their adapter, in the object store, from rank 0; the first one begins anew.
@@ -115,7 +124,7 @@ class WeightPublisher:
     def push(self, version: int) -> float:
         """Send the weights as ``version``; returns the seconds it took."""
         started = time.perf_counter()
-        if self._rank != 0:
+        if not self._sends:
             for _ in self._weights.named_weights():
                 pass
         else:
@@ -134,6 +143,16 @@ def load_transfer(backend: str) -> Any:
 
         gloo_transfer.register()
         return gloo_transfer.GlooTrainerInitInfo
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"engine.transfer={backend!r} needs a CUDA GPU and a CUDA build of PyTorch; here is torch "
+            f"{torch.__version__} and no GPU: set engine.device='cpu' and leave engine.transfer at 'auto', or give the "
+            "trainer ranks GPUs"
+        )
+    if backend == "ipc":
+        from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+
+        return IPCTrainerInitInfo
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
     return NCCLTrainerInitInfo

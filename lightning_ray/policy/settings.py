@@ -117,6 +117,8 @@ class UpdateSettings(LearningSettings):
     model_path: str
     """Folder with the initial policy in Hugging Face format: config.json, safetensors, tokenizer."""
     device: Literal["cpu", "cuda"] = "cpu"
+    gpu_share: float = Field(default=1.0, ge=0)
+    """GPUs of a rank on CUDA, as Ray counts them."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the forward and backward pass; the optimizer always works on float32 weights."""
     objective: Literal["policy", "likelihood"] = "policy"

@@ -4,6 +4,7 @@
                  replicas that come and go; no group of processes has to meet
     adapter      as object, of a LoRA adapter alone
     gloo, nccl   vLLM's own four-phase broadcast from trainer rank 0 to all engine workers
+    ipc          likewise, but each engine reads the memory of the trainer rank on its GPU
 
 Each answers with what every replica showed of its canaries; what that proves is the swapper's to say.
 """
@@ -168,6 +169,7 @@ def transfer_of(backend: str, replicas: Replicas, trainers: Trainers, tolerance:
         "adapter": partial(ObjectTransfer, most_chunks=1),
         "gloo": GroupTransfer,
         "nccl": GroupTransfer,
+        "ipc": GroupTransfer,
     }
     if backend not in ways:
         raise InfrastructureError(f"there is no weight transfer {backend!r}; known: {', '.join(ways)}")

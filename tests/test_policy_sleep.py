@@ -1,0 +1,90 @@
+"""An engine that sleeps while the trainer updates: what it is told, in order."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from deployments.policy import Policy
+from lightning_ray.algorithms.grpo import GRPO
+from lightning_ray.config import EngineSettings, build
+from lightning_ray.errors import ConfigError
+from lightning_ray.policy.engine_arguments import engine_arguments
+
+SHARED: dict[str, Any] = {"device": "cuda", "share_gpu": True, "sleep": True}
+
+
+class Engine:
+    """Notes what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[Any] = []
+        self.renderer = SimpleNamespace(clear_mm_cache_async=self._noting("clear"))
+        self.engine_core = SimpleNamespace(pause_scheduler_async=self._noting("pause"))
+        for name in ("sleep", "wake_up", "resume_generation", "update_weight_version"):
+            setattr(self, name, self._noting(name))
+
+    def shutdown(self) -> None:
+        """It is gone with its replica."""
+
+    def _noting(self, name: str) -> Any:
+        async def note(*args: Any, **options: Any) -> None:
+            self.told.append((name, *args))
+
+        return note
+
+
+def replica(**settings: Any) -> Any:
+    plain = Policy.func_or_class.__mro__[1]  # type: ignore[attr-defined]  # without Serve around it
+    policy: Any = object.__new__(plain)
+    marked: list[int] = []
+
+    async def flush() -> None:
+        pass
+
+    policy.capture = SimpleNamespace(flush=flush, proved=asyncio.Event(), mark_swap=marked.append, version=0)
+    policy.settings, policy.engine, policy.marked = EngineSettings(**SHARED, **settings), Engine(), marked
+    policy.asleep, policy.swapping_since, policy.swaps, policy.replica_id = False, None, deque(), "r"
+    policy.capture.proved.set()
+    return policy
+
+
+@pytest.mark.parametrize(("settings", "level"), [({}, 2), ({"adapter_rank": 4}, 1)])
+async def test_it_sleeps_unproved_and_wakes_around_the_next_swap(settings: dict[str, Any], level: int) -> None:
+    policy = replica(**settings)
+    assert await policy.sleep() == "r"
+    assert policy.engine.told == [("clear",), ("pause",), ("sleep", level, "keep")]
+    assert policy.asleep and not policy.capture.proved.is_set()
+    assert policy.swapping_since is None, "an update may take longer than a swap"
+    policy.engine.told.clear()
+    await policy._freeze()
+    assert policy.engine.told == [("wake_up", ["weights"])] and policy.swapping_since is not None
+    policy.engine.told.clear()
+    await policy._thaw(7)
+    assert policy.engine.told == [("update_weight_version", "7"), ("wake_up", ["kv_cache"])]
+    assert policy.marked == [7] and not policy.asleep and not policy.capture.proved.is_set()
+
+
+async def test_without_sleep_it_is_paused_and_resumed() -> None:
+    policy = replica()
+    await policy._freeze()
+    await policy._thaw(1)
+    assert [name for name, *_ in policy.engine.told] == ["clear", "pause", "update_weight_version", "resume_generation"]
+
+
+def test_vllm_is_told_of_it_at_its_start() -> None:
+    assert "--enable-sleep-mode" in engine_arguments("m", "policy", EngineSettings(**SHARED))
+    assert "--enable-sleep-mode" not in engine_arguments("m", "policy", EngineSettings())
+
+
+def test_sleep_is_for_a_shared_gpu_and_for_steps_one_after_the_other() -> None:
+    with pytest.raises(ConfigError, match="sleep leaves a shared GPU to the trainer: set share_gpu=true"):
+        build(EngineSettings, {"sleep": True}, "engine")
+    with pytest.raises(ConfigError, match=r"engine\.sleep leaves nobody to play during an update: max_staleness=1"):
+        build(GRPO, {"model": "m", "engine": SHARED, "max_staleness": 1}, "algorithm")
