@@ -1,12 +1,13 @@
 """What does a proved weight swap take, with answers being sampled, over what loading the weights takes by itself?
 
-    python -m benchmarks.weights            an 83M model and a 0.6M one, by the object store and by gloo (4 minutes)
-    python -m benchmarks.weights --quick    by the object store alone, fewer swaps (2 minutes)
+    python -m benchmarks.weights            an 83M model and a 0.6M one, by the object store and by gloo, and a LoRA
+                                            adapter of the larger alone (5 minutes)
+    python -m benchmarks.weights --quick    without gloo, fewer swaps (3 minutes)
 
 The whole chain is real: Ray, Serve, vLLM, a trainer rank. A swap runs from the call of ``publish`` to the proof. What
-loading takes by itself is told by swaps in one chunk, made in turn with those measured: there the replica's engine loads
-the same weights from its own memory while nothing is handed out. Figures are medians. The last line of the output is one
-JSON object.
+loading takes by itself is told by swaps in one chunk, made in turn with those measured: there the replica's engine
+loads the same weights from its own memory while nothing is handed out. Figures are medians. The last line of the
+output is one JSON object.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ SIZES = {
     "83m": {"hidden_size": 640, "intermediate_size": 1920, "num_hidden_layers": 12, "vocab_size": 32_000},
 }
 """Qwen3 with tied embeddings: 0.6M and 83M parameters."""
+LORA_RANK = 16
 IN_FLIGHT = 4
 WARM_SWAPS = 3
 
@@ -88,14 +90,15 @@ async def talks(task: Any, llm: lr.LLM) -> float:
 
 
 async def swaps(folder: Path, size: str, transfer: Any, count: int, progress: Progress) -> tuple[list[Any], list[Any]]:
-    """So many swaps with answers in flight, after a few to get warm; and as many in one chunk, by the object store."""
+    """So many swaps with answers in flight, after a few to get warm; and as many in one chunk where there are more."""
     engine = EngineSettings(max_model_len=512, kv_cache_memory_mb=64, transfer=transfer)
-    settings = GRPO(model=lambda made: make_model(made, size), ranks=1, engine=engine)
+    lora = {"rank": LORA_RANK if transfer == "adapter" else 0}
+    settings = GRPO(model=lambda made: make_model(made, size), ranks=1, engine=engine, lora=lora)
     run_folder = RunFolder(folder / f"{size}-{transfer}")
     run_folder.create(resume=False)
     runners = RunnerSettings(minimum=1, maximum=1, concurrency=IN_FLIGHT)
     run = Run(run_folder, Reporter(Console(quiet=True)), Cluster(), talks, {"train": [0]}, runners, False)
-    chunkings = (MOST_CHUNKS, 1) if transfer == "object" else (MOST_CHUNKS,)
+    chunkings = (MOST_CHUNKS, 1) if (size, transfer) == ("83m", "object") else (MOST_CHUNKS,)
     task = progress.add_task(f"{size} model by {transfer}", total=(count + WARM_SWAPS) * len(chunkings))
     try:
         await run.start(settings)
@@ -125,16 +128,19 @@ async def keep_busy(run: Run) -> None:
 
 def figures_of(size: str, transfer: str, found: list[Any], alone: list[Any]) -> dict[str, Any]:
     """Medians of one model's swaps, ``alone`` being those in one chunk."""
+    label = f"{size}_{transfer}"
     whole = median(swap.seconds for swap in found) * 1e3
-    figures = {f"swap_ms_{size}_{transfer}": round(whole, 1)}
+    figures: dict[str, Any] = {f"swap_ms_{label}": round(whole, 1)}
+    if found[0].bytes is not None:
+        figures[f"mb_{label}"] = round(found[0].bytes / 1e6, 2)
     if alone:
         apply = median(swap.phases["apply"] for swap in alone) * 1e3
-        figures[f"apply_alone_ms_{size}"] = round(apply, 1)
-        figures[f"swap_ms_{size}_one_chunk"] = round(median(swap.seconds for swap in alone) * 1e3, 1)
-        figures[f"ratio_{size}"] = round(whole / apply, 2)
-        figures[f"gb_per_s_{size}"] = round(found[0].bytes / 1e6 / whole, 2)
-        for name in found[0].phases:
-            figures[f"{name}_ms_{size}"] = round(median(swap.phases[name] for swap in found) * 1e3, 1)
+        figures[f"apply_ms_{label}_one_chunk"] = round(apply, 1)
+        figures[f"swap_ms_{label}_one_chunk"] = round(median(swap.seconds for swap in alone) * 1e3, 1)
+        figures["swap_over_apply_ratio"] = round(whole / apply, 2)
+        figures[f"gb_per_s_{label}"] = round(found[0].bytes / 1e6 / whole, 2)
+    for name in found[0].phases:
+        figures[f"{name}_ms_{label}"] = round(median(swap.phases[name] for swap in found) * 1e3, 1)
     return figures
 
 
@@ -142,20 +148,16 @@ async def measure(folder: Path, quick: bool, progress: Progress) -> dict[str, An
     """All figures."""
     count = 8 if quick else 20
     figures: dict[str, Any] = {}
-    for transfer in ("object",) if quick else ("object", "gloo"):
-        for size in SIZES:
+    for transfer in ("object", "adapter") if quick else ("object", "adapter", "gloo"):
+        for size in ("83m",) if transfer == "adapter" else SIZES:
             figures |= figures_of(size, transfer, *await swaps(folder, size, transfer, count, progress))
-    return {
-        "swap_over_apply_ratio": figures.pop("ratio_83m"),
-        "swap_ms_tiny": figures["swap_ms_tiny_object"],
-        "swaps": count,
-        **figures,
-    }
+    ratio = figures.pop("swap_over_apply_ratio")
+    return {"swap_over_apply_ratio": ratio, "swap_ms_tiny": figures["swap_ms_tiny_object"], "swaps": count, **figures}
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--quick", action="store_true", help="by the object store alone, fewer swaps")
+    arguments.add_argument("--quick", action="store_true", help="without gloo, fewer swaps")
     quick = arguments.parse_args().quick
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr), bar() as progress:
