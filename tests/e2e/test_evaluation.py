@@ -18,6 +18,7 @@ from openai import AsyncOpenAI
 
 import lightning_ray as lr
 from lightning_ray.store import open_folder
+from tests.e2e.tiny import make_tiny_model
 from tests.relay_parts import COST, PRICES
 from tests.relay_upstream import KEY, FakeUpstream, listening
 
@@ -153,6 +154,41 @@ def test_an_endpoint_without_a_policy(tmp_path: Path, monkeypatch: pytest.Monkey
     assert lr.compare(found, found.folder).reward.p == 1.0
 
 
+class Pair(lr.LitAgent[Any]):
+    """Two policies say a word each."""
+
+    async def rollout_async(self, task: Any, resources: Any, rollout: Any) -> float:
+        for name in ("writer", "editor"):
+            llm = resources[name]
+            base = llm.get_base_url(rollout.rollout_id, rollout.attempt.attempt_id)
+            messages: Any = [{"role": "user", "content": task["say"]}]
+            async with AsyncOpenAI(base_url=base, api_key=llm.api_key) as client:
+                await client.chat.completions.create(model=llm.model, messages=messages, max_tokens=1)
+        return 1.0
+
+
+def test_two_policies_one_of_them_an_adapter(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    make_tiny_model(tmp_path / "base")
+    make_tiny_model(tmp_path / "two" / "writer", seed=1)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path / "two" / "editor")
+    policies = {
+        "writer": lr.Policy(model=tmp_path / "base"),
+        "editor": lr.Policy(model=tmp_path / "base", lora={"rank": 4}),  # type: ignore[arg-type]
+    }
+    engine = lr.EngineSettings(max_model_len=64, kv_cache_memory_mb=16)
+    trainer = lr.Trainer(
+        algorithm=lr.GRPO(policies=policies, engine=engine), n_runners=1, runs_dir=tmp_path, name="two"
+    )
+    found = trainer.validate(Pair(), [{"say": "w1"}, {"say": "w2"}], of=tmp_path / "two")
+    assert found.figures.turns == 2 and found.figures.failed == 0
+    assert {name: spend.calls for name, spend in found.figures.spend.items()} == {"writer": 2, "editor": 2}
+    assert {*found.subject["proof"]} == {"writer", "editor"} == {*found.subject["models"]}
+
+
 def test_weights_that_are_not_the_checkpoints_are_not_served(tmp_path: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file
@@ -160,7 +196,6 @@ def test_weights_that_are_not_the_checkpoints_are_not_served(tmp_path: Path) -> 
     from lightning_ray.policy.loaded import write_canaries
     from lightning_ray.policy.model_folder import STATE, vocabulary_of
     from lightning_ray.policy.proof import canary_prompts
-    from tests.e2e.tiny import make_tiny_model
 
     make_tiny_model(tmp_path / "model")
     (tmp_path / "model" / STATE).mkdir()
