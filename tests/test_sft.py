@@ -156,7 +156,7 @@ def test_a_filter_is_a_function_and_its_name_is_kept() -> None:
 
 def test_a_replay_of_what_is_no_grpo_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"algorithm": {"name": "SFT", **lr.SFT(model="m").settings()}}))
-    with pytest.raises(lr.ConfigError, match="its algorithm is SFT; a replay"):
+    with pytest.raises(lr.ConfigError, match=r"its algorithm is SFT, which has data, .*keep.*; a replay"):
         replay_settings.recorded(tmp_path)
 
 

@@ -37,9 +37,10 @@ def recorded(run: Path, policy: str | None = None) -> dict[str, Any]:
         # Its update is GRPO's, on advantages that its steps recorded; what else it has is its own business.
         known = {name: value for name, value in values.items() if name in GRPO.model_fields}
         return {**known, "group_size": max(2, known["group_size"])}
-    if (name := values.get("name", "GRPO")) != "GRPO":
+    if foreign := sorted(values.keys() - GRPO.model_fields.keys() - {"name"}):
         raise ConfigError(
-            f"{file}: its algorithm is {name}; a replay trains steps of GRPO and of algorithms of one's own"
+            f"{file}: its algorithm is {values.get('name')}, which has {', '.join(foreign)}; a replay trains steps of GRPO "
+            "and of algorithms of one's own"
         )
     return {name: value for name, value in values.items() if name != "name"}
 
