@@ -39,8 +39,8 @@ def recorded(run: Path, policy: str | None = None) -> dict[str, Any]:
         return {**known, "group_size": max(2, known["group_size"])}
     if foreign := sorted(values.keys() - GRPO.model_fields.keys() - {"name"}):
         raise ConfigError(
-            f"{file}: its algorithm is {values.get('name')}, which has {', '.join(foreign)}; a replay trains steps of GRPO "
-            "and of algorithms of one's own"
+            f"{file}: its algorithm is {values.get('name')}, which has {', '.join(foreign)}; a replay trains steps of "
+            "GRPO and of algorithms of one's own"
         )
     return {name: value for name, value in values.items() if name != "name"}
 
