@@ -12,11 +12,14 @@ MARK = "weight_version"
 """The figure that every policy under training has."""
 TOTALS = ("sampled_tokens", "sampled_tokens_per_s", "trained_tokens_per_s", "update.trained_tokens")
 """Figures that the run's row has too, summed over the policies."""
+SWAP = "swap_ms"
+"""The run's is that of the policy whose swap took longest, as they are swapped at the same time."""
 
 
 def by_policy(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """``{"writer": {"rows": 3}}`` -> ``{"writer.rows": 3}``, and the totals."""
     totals = {name: sum(own.get(name, 0) for own in figures.values()) for name in TOTALS}
+    totals[SWAP] = max((own[SWAP] for own in figures.values() if own.get(SWAP) is not None), default=None)
     return totals | {f"{policy}.{name}": value for policy, own in figures.items() for name, value in own.items()}
 
 
@@ -33,7 +36,8 @@ def rows_of(rows: Sequence[Mapping[str, Any]], policy: str | None) -> list[dict[
     anyone, begin = tuple(f"{name}." for name in policies_in(rows)), f"{policy}."
     found = []
     for row in rows:
-        shared = {name: value for name, value in row.items() if not name.startswith(anyone) and name not in TOTALS}
+        told = {name: value for name, value in row.items() if not name.startswith(anyone)}
+        shared = {name: value for name, value in told.items() if name not in (*TOTALS, SWAP)}
         own = {name.removeprefix(begin): value for name, value in row.items() if name.startswith(begin)}
         found.append({**shared, **own})
     return found

@@ -333,7 +333,8 @@ ROWS = [
 
 def test_rows_of_several_policies_are_told_as_those_of_one() -> None:
     assert policies_in(ROWS) == ["a", "b.c"] and policies_in([{"weight_version": 1}]) == []
-    assert ROWS[0]["sampled_tokens"] == 7
+    assert ROWS[0]["sampled_tokens"] == 7 and ROWS[0]["swap_ms"] is None
+    assert by_policy({"a": {"swap_ms": 3.0}, "b": {"swap_ms": None}, "c": {"swap_ms": 4.0}})["swap_ms"] == 4.0
     assert rows_of(ROWS, "a") == [{"kind": "train", "step": 0, "reward": 0.1, "weight_version": 1, "sampled_tokens": 3}]
     assert rows_of(ROWS, "b.c")[0]["reward"] == 0.5 and rows_of(ROWS, None) == ROWS
 
