@@ -236,7 +236,7 @@ class Trainer:
         return played
 
     async def _fit(self, agent: LitAgent[Any], datasets: dict[str, Dataset[Any]]) -> dict[str, Any]:
-        from lightning_ray.algorithms.fast import FastAlgorithm
+        from lightning_ray.algorithms.fast import Baseline
         from lightning_ray.algorithms.over_store import attach
         from lightning_ray.cluster import Cluster
         from lightning_ray.dev import check_resources
@@ -249,7 +249,7 @@ class Trainer:
             raise ConfigError("fit() needs an algorithm: Trainer(algorithm=lr.GRPO(...)); dev() has one of its own")
         if self.store is not None:
             raise ConfigError(f"store={self.store!r}: a run keeps its rollouts in a store of its own; give it to dev()")
-        if isinstance(self.algorithm, FastAlgorithm) and not self.relays:
+        if isinstance(self.algorithm, Baseline) and not self.relays:
             check_resources(agent, self)
         folder = RunFolder(self.folder)
         run = Run(

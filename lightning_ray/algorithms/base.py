@@ -1,7 +1,8 @@
 """What an algorithm is: something that learns from rollouts until it is done.
 
-One that works over the store alone, as in Agent Lightning 0.3, overrides ``run(train_dataset, val_dataset)``; one that
-trains weights works with all that a run offers and overrides ``learn(run)``, as GRPO does.
+One that works over the store alone, as in Agent Lightning 0.3, overrides ``run(train_dataset, val_dataset)``. One that
+trains weights does too, over a session (``own.TrainingAlgorithm``), or works with all that a run offers and overrides
+``learn(run)``, as GRPO does. docs/algorithms.md shows both.
 """
 
 from __future__ import annotations
