@@ -354,6 +354,7 @@ async def test_at_the_cap_of_the_spend_the_search_ends_with_the_best_so_far(tmp_
     state = state_of(apo)
     assert "may cost no more" in state.stopped and "scripted 402" in state.stopped
     assert 0 < state.round < 9 and state.best_score > 0.0 and state.best != "v0"
+    assert len(model.bodies) <= 12 + SMALL["beam_width"] * SMALL["branch_factor"], "nothing is asked after the refusal"
 
 
 async def test_files_of_ones_own_are_asked(tmp_path: Path) -> None:

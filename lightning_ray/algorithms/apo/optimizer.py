@@ -52,6 +52,7 @@ class Optimizer:
         self._temperature = temperature
         self._slots = asyncio.Semaphore(at_once)
         self._timeout = timeout
+        self._spent: SpendReached | None = None
 
     async def ask(self, model: str, messages: Messages) -> str:
         """The text of the answer, "" if it has none.
@@ -60,12 +61,16 @@ class Optimizer:
         InfrastructureError if it does not answer.
         """
         async with self._slots:
+            if self._spent is not None:
+                raise self._spent
             try:
                 answer = await asyncio.wait_for(self._create(model, messages), self._timeout)
             except TimeoutError:
                 raise InfrastructureError(f"model {model!r} did not answer within {self._timeout:g} s") from None
             except APIStatusError as error:
-                raise explained(error, model) from error
+                meant = explained(error, model)
+                self._spent = meant if isinstance(meant, SpendReached) else None
+                raise meant from error
             except APIError as error:
                 raise InfrastructureError(f"model {model!r} could not be asked: {error}") from error
         self.usage.calls += 1
