@@ -8,14 +8,12 @@ out of it.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import secrets
 import shutil
-import socket
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +24,7 @@ from lightning_ray.capture.audience import POLICY, one_of_several
 from lightning_ray.config import EngineSettings, RunnerSettings
 from lightning_ray.errors import ConfigError, InfrastructureError
 from lightning_ray.hooks import Hook
+from lightning_ray.machine import end_processes, environment, short_temp
 from lightning_ray.net import free_port
 from lightning_ray.policy.loaded import Loaded
 from lightning_ray.policy.settings import UpdateSettings
@@ -46,10 +45,6 @@ LOGICAL_CPUS = 16
 """Ray's CPUs are bookkeeping here: a laptop with two cores holds every actor of a small run."""
 OBJECT_STORE_BYTES = 2**30
 """Room for the weights of a small model, twice; memory is taken as it is used."""
-BASE_MEMORY = int(1.5 * 2**30)
-REPLICA_MEMORY = int(0.9 * 2**30)
-"""With the engine in its process; in its own, half as much again."""
-RANK_MEMORY = int(0.8 * 2**30)
 STOP_SECONDS = 8.0
 RELAY_SECONDS = 120.0
 LEASE_SECONDS = 30.0
@@ -320,26 +315,6 @@ def policy_options(settings: EngineSettings) -> dict[str, Any]:
     return options
 
 
-@contextlib.contextmanager
-def environment(variables: Mapping[str, str | None]) -> Iterator[None]:
-    """These variables for processes that are started within; None hides one."""
-    before = {name: os.environ.get(name) for name in variables}
-    set_environment(variables)
-    try:
-        yield
-    finally:
-        set_environment(before)
-
-
-def set_environment(variables: Mapping[str, str | None]) -> None:
-    """Set these variables; None unsets one."""
-    for name, value in variables.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
-
-
 async def together(*work: Any) -> list[Any]:
     """Await all; the first failure cancels the others and is raised as it is."""
     tasks = [asyncio.ensure_future(each) for each in work]
@@ -391,59 +366,3 @@ def check_packages() -> None:
                 f"the package {package.__name__!r} is {found}, not lightning-ray's under {home}: another package "
                 "of that name comes first on sys.path; rename it or start from another folder"
             )
-
-
-def check_port(settings: EngineSettings) -> None:
-    """Raises ConfigError when the wanted port is taken."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((settings.host, settings.port))
-        except OSError as error:
-            raise ConfigError(
-                f"engine.port={settings.port} on {settings.host} cannot be used ({error.strerror}); "
-                "choose another, or 0 for a free one"
-            ) from None
-
-
-def check_memory(engines: Sequence[EngineSettings], ranks: int) -> None:
-    """Raises ConfigError when this machine has not the memory that a small local run takes, ``ranks`` in all."""
-    replicas = sum(engine.replicas for engine in engines)
-    caches = sum(engine.replicas * engine.kv_cache_memory_mb * 2**20 for engine in engines)
-    needed = BASE_MEMORY + replicas * REPLICA_MEMORY + caches + ranks * RANK_MEMORY
-    free = psutil.virtual_memory().available
-    if free < needed:
-        raise ConfigError(
-            f"too little memory: about {needed / 2**30:.1f} GB are needed for {replicas} replica(s) and "
-            f"{ranks} trainer rank(s), {free / 2**30:.1f} GB are available; close other programs, or use ranks=1 and a "
-            "smaller engine.kv_cache_memory_mb"
-        )
-
-
-def short_temp() -> str:
-    """A temporary folder whose path leaves room for Ray's socket names (107 bytes)."""
-    usual = tempfile.gettempdir()
-    return usual if len(usual) < 30 else "/tmp"
-
-
-def end_processes(processes: Sequence[psutil.Process]) -> None:
-    """Make sure that these very processes have ended."""
-    for process in processes:
-        try:
-            if process.is_running():
-                process.kill()
-        except psutil.NoSuchProcess:
-            continue
-    psutil.wait_procs(processes, timeout=5)
-
-
-def tree_memory() -> int:
-    """Bytes of this process and all that grew out of it, shared pages counted once (PSS)."""
-    total = 0
-    me = psutil.Process()
-    for process in [me, *me.children(recursive=True)]:
-        try:
-            total += process.memory_full_info().pss
-        except psutil.Error:
-            continue
-    return total

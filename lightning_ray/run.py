@@ -22,10 +22,11 @@ from lightning_ray.agent import LitAgent
 from lightning_ray.algorithms.grpo import NEUTRAL
 from lightning_ray.algorithms.source import Played
 from lightning_ray.algorithms.weights import WeightAlgorithm
-from lightning_ray.cluster import Cluster, together, tree_memory
+from lightning_ray.cluster import Cluster, together
 from lightning_ray.config import RunnerSettings
 from lightning_ray.evaluation import Evaluation, evaluate
 from lightning_ray.hooks import Hook
+from lightning_ray.machine import tree_memory
 from lightning_ray.policy.loaded import loaded_from
 from lightning_ray.policy_rows import by_policy
 from lightning_ray.progress import Reporter, as_current

@@ -14,10 +14,10 @@ from lightning_ray.algorithms.flow import Group
 from lightning_ray.algorithms.loop import TrainingLoop, all_of
 from lightning_ray.algorithms.policies import shared_name
 from lightning_ray.capture.audience import audience_of
-from lightning_ray.cluster import check_memory
 from lightning_ray.config import EngineSettings
 from lightning_ray.errors import ConfigError, TrainersLostError
 from lightning_ray.launch import Launch
+from lightning_ray.machine import check_memory
 from lightning_ray.policy_folder import folder_of
 from lightning_ray.policy_rows import by_policy, policies_in, rows_of
 from lightning_ray.run_folder import RunFolder

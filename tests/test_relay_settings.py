@@ -9,9 +9,10 @@ import pytest
 
 import lightning_ray as lr
 from deployments.relay import SECRET_VARIABLE, find_secret, read_upstreams
-from lightning_ray.cluster import Cluster, environment
+from lightning_ray.cluster import Cluster
 from lightning_ray.errors import ConfigError
 from lightning_ray.launch import Launch, launched
+from lightning_ray.machine import environment
 
 KEY = "sk-upstream-0123456789abcdef"
 HERE = "http://127.0.0.1:1/v1"

@@ -121,7 +121,7 @@ class WeightAlgorithm(AlgorithmSettings, TrainingSettings):
 
     def check(self, run: Run) -> None:
         """The models, the engine's port and the memory must be there."""
-        from lightning_ray.cluster import check_memory, check_port
+        from lightning_ray.machine import check_memory, check_port
 
         trained, frozen = self.trained().values(), self.frozen().values()
         for settings in (*trained, *frozen):

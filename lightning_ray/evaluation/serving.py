@@ -7,12 +7,13 @@ from typing import Any
 
 from lightning_ray.algorithms.base import Algorithm
 from lightning_ray.algorithms.weights import WeightAlgorithm
-from lightning_ray.cluster import Cluster, check_memory, check_port
+from lightning_ray.cluster import Cluster
 from lightning_ray.config import EngineSettings
 from lightning_ray.errors import ConfigError, SwapError
 from lightning_ray.evaluation.adapters import merge_adapter
 from lightning_ray.evaluation.plays import POLICY
 from lightning_ray.evaluation.subject import Model, Subject
+from lightning_ray.machine import check_memory, check_port
 from lightning_ray.policy.loaded import Loaded, loaded_from
 from lightning_ray.policy.model_folder import ADAPTER_CONFIG
 from lightning_ray.progress import Reporter, as_current
