@@ -6,8 +6,8 @@ one ``SampledSequence`` for every sequence the engine samples.
 
 from __future__ import annotations
 
+import random
 import time
-import uuid
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -18,6 +18,15 @@ from lightning_ray.semconv import MODEL_CALL_NAMES, SUPERSEDED_SPAN
 
 ANSWERED = ("stop", "length", "tool_calls", "end_turn", "tool_use", "max_tokens", "stop_sequence")
 """Finish reasons of sequences that came to their end; the engine's are the first two, the others are upstream APIs'."""
+
+
+_random = random.Random()
+"""Begun from the system's entropy, which takes a call of the system for each number itself."""
+
+
+def new_id(digits: int) -> str:
+    """An id as OpenTelemetry has them: so many hexadecimal digits. No secret."""
+    return f"{_random.getrandbits(4 * digits):0{digits}x}"
 
 
 class Sampled(Protocol):
@@ -110,7 +119,7 @@ class CapturedRequest:
     taken: int = 0
     """Sequences that ``take_spans`` has handed out."""
     span_ids: list[str] = field(default_factory=list)
-    trace_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    trace_id: str = field(default_factory=lambda: new_id(32))
     sampling_used: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -189,7 +198,7 @@ class CapturedRequest:
             "attempt_id": self.caller.attempt_id,
             "sequence_id": 0,
             "trace_id": self.trace_id,
-            "span_id": uuid.uuid4().hex[:16],
+            "span_id": new_id(16),
             "parent_id": None,
             "name": name,
             "start_time": self.started,
