@@ -26,8 +26,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
 from deployments.store_api import StoreApiSettings, connect
-from lightning_ray.config import build
 from lightning_ray.capture.append import SharedAppend
+from lightning_ray.config import build
 from lightning_ray.errors import ConfigError
 from lightning_ray.relay.app import RelayApp
 from lightning_ray.relay.restoring import spent_before
