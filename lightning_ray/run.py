@@ -19,18 +19,19 @@ from typing import Any
 import pyarrow as pa
 
 from lightning_ray.agent import LitAgent
-from lightning_ray.algorithms.grpo import NEUTRAL
 from lightning_ray.algorithms.source import Played
 from lightning_ray.algorithms.weights import WeightAlgorithm
 from lightning_ray.cluster import Cluster, together
 from lightning_ray.config import RunnerSettings
-from lightning_ray.evaluation import Evaluation, evaluate
+from lightning_ray.evaluation import Evaluation
 from lightning_ray.hooks import Hook
 from lightning_ray.machine import tree_memory
 from lightning_ray.policy.loaded import loaded_from
 from lightning_ray.policy_rows import by_policy
-from lightning_ray.progress import Reporter, as_current
+from lightning_ray.progress import Reporter
+from lightning_ray.run_evaluations import RunEvaluations
 from lightning_ray.run_folder import RunFolder, write_json
+from lightning_ray.run_models import initial_models, publish_resources
 from lightning_ray.run_rollouts import RunRollouts, refuse_total_failure
 from lightning_ray.run_state import ONLY, RunState
 from lightning_ray.step_figures import StepTimes, policy_figures, step_figures
@@ -42,9 +43,6 @@ from lightning_ray.trained_policy import TrainedPolicy
 from lightning_ray.trajectories.account import Account
 from lightning_ray.trajectories.episode import Episode
 from lightning_ray.types import Dataset, EnqueueRolloutRequest, ProxyLLM, RolloutMode
-
-RESOURCES = {"sampled": {"temperature": 1.0, **NEUTRAL}, "greedy": {"temperature": 0.0, **NEUTRAL}}
-"""Resources by id: the policy, sampled from as it is, and its most likely tokens."""
 
 
 class Run:
@@ -82,7 +80,7 @@ class Run:
         self._queue_watch: asyncio.Task[None] | None = None
         self._agents: dict[str, set[str]] = {}
         """By rollout read since the last step, the agents that took part."""
-        self._validation: float | None = None
+        self._evaluations = RunEvaluations(self)
         self._done = threading.Event()
 
     @property
@@ -104,7 +102,7 @@ class Run:
             self.state = RunState.of(self.folder.read_state())
             self.state.check_policies(trained)
             self.folder.truncate_metrics(self.state.step)
-        models = await self._models({**trained, **frozen})
+        models = await initial_models({**trained, **frozen}, self.folder, self._resume, self.reporter)
         self.policies = {
             name: TrainedPolicy(self.cluster, own, self.state.policy(name), self.reporter.note, name)
             for name, own in trained.items()
@@ -114,7 +112,7 @@ class Run:
             starting += [self._serve(name, own, models[name]) for name, own in frozen.items()]
             endpoints = dict(zip(models, await together(*starting), strict=True))
             relayed = await self.cluster.start_relay()
-        await self._publish_resources(endpoints, relayed)
+        await publish_resources(self.store, endpoints, relayed)
         with self.reporter.stage("first weights proved"):
             latest = self.folder.latest_checkpoint() if self._resume else None
             await together(*(policy.connect(latest) for policy in self.policies.values()))
@@ -123,7 +121,7 @@ class Run:
             self.cluster.start_runners(self.agent, self._runners, self._hooks)
             self._queue_watch = asyncio.create_task(watch_queue(self.folder.path.name, self.store, self._lives))
         if not self._resume:
-            await self._evaluate_all("before")
+            await self._evaluations.all("before")
         self.reporter.start_steps(self.state.step, settings.steps)
         self.reporter.restart_clock()
         if self.state.seconds_to_first_step is None:
@@ -139,38 +137,10 @@ class Run:
         self._rollouts = RunRollouts(self.store, self.cluster.failure, *limits)
         await self._rollouts.cancel_leftovers()
 
-    async def _models(self, policies: Mapping[str, WeightAlgorithm]) -> dict[str, Path]:
-        """The initial models by policy; after a resume too, as old checkpoints go and a restarting replica loads them
-        again. A function makes one model, for all policies that name it.
-        """
-        found: dict[str, Path] = {}
-        made: dict[int, Path] = {}
-        for name, own in policies.items():
-            model, folder = own.model, self.folder.model_of(name)
-            found[name] = folder if callable(model) else Path(str(model))
-            if self._resume or not callable(model):
-                continue
-            if (same := made.setdefault(id(model), folder)) != folder:
-                folder.symlink_to(same.name)
-                continue
-            folder.parent.mkdir(exist_ok=True)
-            with self.reporter.stage("warm start") as stage, as_current(stage):
-                await in_thread(model, folder)
-        return found
-
     async def _serve(self, name: str, own: WeightAlgorithm, model: Path) -> ProxyLLM:
         """Serve a model that is not trained, under the weights of its folder."""
         loaded = loaded_from(model, 0, own.engine.logprob_tolerance)
         return await self.cluster.start_policy(model, own.model_name, own.engine, loaded, name)
-
-    async def _publish_resources(self, endpoints: Mapping[str, ProxyLLM], relayed: Mapping[str, ProxyLLM]) -> None:
-        """What agents get: the policies by name, the only one as ``main_llm``, and what is relayed."""
-        for resources_id, sampling in RESOURCES.items():
-            own = {
-                "main_llm" if name == ONLY else name: endpoint.model_copy(update={"sampling_parameters": sampling})
-                for name, endpoint in endpoints.items()
-            }
-            await self.store.update_resources(resources_id, {**own, **relayed})
 
     async def restart_trainers(self, reason: str) -> None:
         """Start the trainer ranks anew from the last checkpoint, or from the initial model, and publish its weights
@@ -205,7 +175,7 @@ class Run:
                 request = self.request(task, "train", "sampled" if sampled else "greedy", {"group_id": group_id})
                 requests.append(request)
                 group_of[str(request.rollout_id)] = group_id
-        return await self._play(requests), group_of
+        return await self.play(requests), group_of
 
     def request(
         self, task: Any, mode: RolloutMode, resources_id: str, metadata: dict[str, Any]
@@ -215,7 +185,8 @@ class Run:
         known = {"weight_versions": versions} if self._several else {"weight_version": self.policy.version}
         return self._rollouts.request(task, mode, resources_id, {**metadata, **known})
 
-    async def _play(self, requests: Sequence[EnqueueRolloutRequest]) -> list[Episode]:
+    async def play(self, requests: Sequence[EnqueueRolloutRequest]) -> list[Episode]:
+        """Queue rollouts, wait for their end, and read them back."""
         queued = await self.store.enqueue_many_rollouts(requests)
         rollout_ids = [rollout.rollout_id for rollout in queued]
         await self.wait_for(rollout_ids)
@@ -280,54 +251,16 @@ class Run:
         row = {
             **step_figures(step, played.episodes, times, self._agents),
             **(by_policy(figures) if self._several else figures[ONLY]),
-            "validation": self._validation,
+            "validation": self._evaluations.last,
             "trainer_restarts": state.trainer_restarts,
         }
         self._agents.clear()
         self.trackers.log(row)
-        self.reporter.step(row, self._validation)
-
-    # Validation
+        self.reporter.step(row, self._evaluations.last)
 
     async def validate(self) -> Evaluation | None:
         """Greedy pass over val_dataset; its figures, None without one."""
-        if "val" not in self.datasets:
-            return None
-        figures = await self._evaluate("val", "greedy")
-        self._validation = figures.reward
-        return figures
-
-    async def _evaluate_all(self, moment: str) -> None:
-        for split in ("val", "test"):
-            if split not in self.datasets:
-                continue
-            with self.reporter.stage(f"{split} {moment}, {len(self.datasets[split])} tasks"):
-                for mode in ("sampled", "greedy"):
-                    figures = await self._evaluate(split, mode)
-                    self.state.evaluations[f"{split}.{mode}_{moment}"] = figures.as_dict()
-                    if (split, mode) == ("val", "greedy"):
-                        self._validation = figures.reward
-
-    async def _evaluate(self, split: RolloutMode, mode: str) -> Evaluation:
-        data = self.datasets[split]
-        requests = [self.request(data[i], split, mode, {"evaluation": mode}) for i in range(len(data))]
-        episodes = await self._play(requests)
-        refuse_total_failure(episodes)
-        figures = evaluate(episodes)
-        self.trackers.log(
-            {
-                "kind": split,
-                "mode": mode,
-                "step": self.state.step,
-                "reward": figures.reward,
-                "low": figures.low,
-                "high": figures.high,
-                "turns": figures.turns,
-                "failed": figures.failed,
-                **{f"annotation.{key}": value for key, value in figures.annotations.items()},
-            }
-        )
-        return figures
+        return await self._evaluations.validate()
 
     # Keeping and ending
 
@@ -342,7 +275,7 @@ class Run:
     async def finish(self) -> None:
         """Evaluate after the last step, write the summary, show the table."""
         self.reporter.end_steps()
-        await self._evaluate_all("after")
+        await self._evaluations.all("after")
         self.folder.plot()
         from lightning_ray.summary import summarize, summary_table
 

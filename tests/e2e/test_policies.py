@@ -60,23 +60,9 @@ def share_of_even(text: str) -> float:
     return sum(word in WORDS[::2] for word in words) / max(1, len(words)) + len(words) / 100
 
 
-def make_run(path: Path) -> Run:
-    folder = RunFolder(path)
-    folder.create(resume=False)
-    runners = RunnerSettings(minimum=1, maximum=1, concurrency=32)
-    data = {"train": TASKS, "val": TASKS[:2]}
-    return Run(folder, Reporter(Console(quiet=True)), Cluster(), WriteAndCheck(), data, runners, False)
-
-
-async def digests(run: Run) -> dict[str, Any]:
-    return {
-        name: (await run.cluster.replicas_of(name)("digest"))[0]["digests"] for name in ("writer", "checker", "judge")
-    }
-
-
-async def test_each_policy_learns_from_its_own_and_what_is_frozen_stays_as_it_is(tmp_path: Path) -> None:
-    settings = GRPO(
-        steps=5,
+def settings(steps: int) -> GRPO:
+    return GRPO(
+        steps=steps,
         prompts_per_step=1,
         group_size=4,
         checkpoint_every=5,
@@ -91,31 +77,64 @@ async def test_each_policy_learns_from_its_own_and_what_is_frozen_stays_as_it_is
             "judge": lr.Policy(model=make_tiny_model, trainable=False),
         },
     )
-    run = make_run(tmp_path / "three")
-    loop = TrainingLoop(settings, run)
-    before: dict[str, Any] = {}
-    start = run.start
 
-    async def start_and_look(given: Any) -> None:
-        await start(given)
-        before.update(await digests(run))
 
-    run.start = start_and_look  # type: ignore[method-assign]
-    learning = asyncio.create_task(loop.learn())
-    try:
-        await asyncio.wait_for(learning, 240)
-        after = await digests(run)
-        lines = list(run.folder.steps().values())
-        rollout_ids = [each for line in lines for _, members in line["groups"] for each in members]
-        shares = await run.read_shares(rollout_ids)
-        spans = (await run.store.scan_spans(rollout_ids)).to_pylist()
-    finally:
-        learning.cancel()
-        await run.close()
+class Learned:
+    """A run, and what it leaves: digests of the weights that are served before its first step and after its last."""
 
-    assert before["judge"] == after["judge"], "the frozen policy was changed"
-    assert before["writer"] != after["writer"], "the trained policy was not"
+    def __init__(self, path: Path, resume: bool = False) -> None:
+        folder = RunFolder(path)
+        folder.create(resume)
+        runners = RunnerSettings(minimum=1, maximum=1, concurrency=32)
+        reporter = Reporter(Console(quiet=True))
+        self.run = Run(folder, reporter, Cluster(), WriteAndCheck(), {"train": TASKS}, runners, resume)
+        self._start, self.run.start = self.run.start, self._start_and_look  # type: ignore[method-assign]
+        self.before: dict[str, Any] = {}
+        self.after: dict[str, Any] = {}
 
+    async def to_step(self, steps: int) -> Learned:
+        learning = asyncio.create_task(TrainingLoop(settings(steps), self.run).learn())
+        try:
+            await asyncio.wait_for(learning, 240)
+            self.after = await self._digests()
+            self.lines = list(self.run.folder.steps().values())
+            rollout_ids = [each for line in self.lines for _, members in line["groups"] for each in members]
+            self.shares = await self.run.read_shares(rollout_ids)
+            self.spans = (await self.run.store.scan_spans(rollout_ids)).to_pylist()
+        finally:
+            learning.cancel()
+            await self.run.close()
+        return self
+
+    async def _start_and_look(self, given: Any) -> None:
+        await self._start(given)
+        self.before = await self._digests()
+
+    async def _digests(self) -> dict[str, Any]:
+        answers = {name: await self.run.cluster.replicas_of(name)("digest") for name in ("writer", "judge")}
+        return {name: answer["digests"] for name, [answer] in answers.items()}
+
+
+async def test_each_policy_learns_from_its_own_and_what_is_frozen_stays_as_it_is(tmp_path: Path) -> None:
+    learned = await Learned(tmp_path / "three").to_step(5)
+    assert learned.before["judge"] == learned.after["judge"], "the frozen policy was changed"
+    assert learned.before["writer"] != learned.after["writer"], "the trained policy was not"
+    check_versions(learned)
+    check_calls(learned)
+    check_folder(learned.run)
+
+    resumed = await Learned(tmp_path / "three", resume=True).to_step(6)
+    assert resumed.before == learned.after, "a policy did not go on from its own checkpoint"
+    assert resumed.before["judge"] == resumed.after["judge"]
+    last = resumed.lines[-1]
+    assert last["step"] == 5 and last["versions"] == {"writer": 3, "checker": 2}
+    for name, count in last["trained"].items():
+        assert resumed.run.state.policies[name].version == last["versions"][name] + (count > 0)
+
+
+def check_versions(learned: Learned) -> None:
+    """Each moves with each of its own updates, and with nothing else."""
+    run, lines = learned.run, learned.lines
     assert lines[0]["versions"] == {"writer": 0, "checker": 0}
     for name, expected in (("writer", 3), ("checker", 2)):
         assert run.state.policies[name].version == expected
@@ -126,10 +145,13 @@ async def test_each_policy_learns_from_its_own_and_what_is_frozen_stays_as_it_is
         assert [row["rollouts_trained"] for row in rows] == trained
         assert [row.get("update.trained_tokens", 0) > 0 for row in rows] == [count > 0 for count in trained]
 
-    calls = [span for span in spans if span["prompt_ids"] is not None]
+
+def check_calls(learned: Learned) -> None:
+    """Of each rollout a policy has the call that its agent made to it, token for token, and its own reward."""
+    calls = [span for span in learned.spans if span["prompt_ids"] is not None]
     assert {span["model"] for span in calls} == {"writer", "checker", "judge"}
     for name, agent in (("writer", "write"), ("checker", "check")):
-        for episode in shares[name]:
+        for episode in learned.shares[name]:
             [row] = episode.trajectories
             [call] = [
                 span
@@ -137,8 +159,13 @@ async def test_each_policy_learns_from_its_own_and_what_is_frozen_stays_as_it_is
                 if (span["rollout_id"], span["model"], span["agent"]) == (episode.rollout_id, name, agent)
             ]
             assert row.token_ids.tolist() == call["prompt_ids"] + call["sampled_ids"]
-            assert np.isclose(episode.outcome or 0, sum(e.reward or 0 for e in both(shares, episode.rollout_id)))
+    for writer, checker in zip(*learned.shares.values(), strict=True):
+        assert writer.outcome == checker.outcome and writer.reward is not None and checker.reward is not None
+        assert np.isclose(writer.outcome, writer.reward + checker.reward)
 
+
+def check_folder(run: Run) -> None:
+    """Each policy's part of the summary, the checkpoint and the pictures."""
     summary = json.loads((run.folder.path / "summary.json").read_text())
     assert summary["unproved_tokens_trained"] == summary["stale_tokens_beyond_bound"] == 0
     assert summary["max_logprob_diff"] < 1e-4 and summary["swaps"] == summary["swaps_proved"]
@@ -147,7 +174,3 @@ async def test_each_policy_learns_from_its_own_and_what_is_frozen_stays_as_it_is
     assert latest is not None and (latest / "writer" / "model.safetensors").is_file()
     assert (latest / "checker" / "adapter_config.json").is_file() and not (latest / "judge").exists()
     assert (run.folder.path / "training.writer.png").is_file()
-
-
-def both(shares: dict[str, Any], rollout_id: str) -> list[Any]:
-    return [episode for episodes in shares.values() for episode in episodes if episode.rollout_id == rollout_id]
