@@ -12,10 +12,12 @@ pytest.importorskip("vllm")
 
 from lightning_ray.algorithms.grpo import GRPO
 from lightning_ray.config import EngineSettings, build
-from lightning_ray.errors import ConfigError
+from lightning_ray.errors import ConfigError, InfrastructureError
 from lightning_ray.policy.adapter_loading import check
 from lightning_ray.policy.adapter_serving import AdapterRequests, with_adapter
+from lightning_ray.policy.flat_weights import as_bytes
 from lightning_ray.policy.model_folder import matrix_names
+from lightning_ray.policy.object_transfer import borrowed, lend
 from lightning_ray.policy.one_adapter import OneAdapterWrapper
 from tests.e2e.tiny import make_tiny_model
 
@@ -100,6 +102,17 @@ def test_what_is_whole_is_taken() -> None:
     layers = {"x.q_proj": Layer((4, 9), (9, 4)), "x.elsewhere": Layer((4, 9), (9, 4))}
     check(layers, None, 4)
     check(layers, {"x.q_proj", "x.elsewhere", "x.k_proj"}, 4)
+
+
+@pytest.mark.parametrize("same_process", [True, False])
+def test_what_is_lent_is_there_until_it_is_given_back(same_process: bool) -> None:
+    parts, layout = as_bytes([("a", torch.arange(6.0)), ("b", torch.ones(2, 3))])
+    with lend(parts, same_process) as name, borrowed(name, layout) as found:
+        assert [part.tobytes() for part in found] == [part.tobytes() for part in parts]
+        del found
+    told = r"not on .*: keep its workers on one node, or .*transfer='nccl'"
+    with pytest.raises(InfrastructureError, match=told), borrowed(name, layout):
+        pass
 
 
 class Engine:

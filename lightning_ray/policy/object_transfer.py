@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import mmap
 import os
+import platform
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, Weight
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
+from lightning_ray.errors import InfrastructureError
 from lightning_ray.policy.flat_weights import Layout, as_tensors, split
 from lightning_ray.policy.gloo_transfer import repack_embeddings
 
@@ -49,10 +51,15 @@ def lend(parts: Sequence[np.ndarray], same_process: bool) -> Iterator[str]:
 
 @contextmanager
 def borrowed(name: str, layout: Layout) -> Iterator[Sequence[np.ndarray]]:
-    """The weights of that name."""
+    """The weights of that name. Raises InfrastructureError on a node where they were not lent."""
     if name in _lent:
         yield _lent[name]
         return
+    if not Path(name).exists():
+        raise InfrastructureError(
+            f"the weights lent as {name} are not on {platform.node()}, where a worker of the replica is: keep its "
+            "workers on one node, or send whole weights by engine.transfer='nccl'"
+        )
     with Path(name).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as memory:
         yield split(np.frombuffer(memory, np.uint8), layout)
 
