@@ -1,6 +1,6 @@
 """How much of the hardware reaches the learning?
 
-    python -m benchmarks.training            (about 8 minutes on 2 cores)
+    python -m benchmarks.training            (about 9 minutes on 2 cores)
     python -m benchmarks.training --quick    (about 3.5 minutes)
 
 ``update_tokens_per_cpu_s_ratio`` is the update's tokens per CPU second over those of a bare PyTorch loop with the same
