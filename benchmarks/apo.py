@@ -129,7 +129,7 @@ def main() -> None:
         if given.only != "evaluations" and not quick:
             figures |= speedup("apo_parallel_speedup_one_rollout_a_runner", 1)
     figures |= circumstances(quick) | {"optimizer": "scripted stand-in", "agent": "simulated"}
-    show("prompt search (scripted stand-ins, simulated agent)", GOALS, figures)
+    show("prompt search, simulated", GOALS, figures)
     print(json.dumps(figures))
 
 

@@ -118,7 +118,7 @@ async def test_the_folder_tells_the_search(tmp_path: Path) -> None:
     assert [row["reward"] for row in rows] == [one.best_score for one in state.history]
     words = shown.export_text()
     assert "seed on 6 tasks" in words and "score 0.000" in words
-    assert re.search(r"round 4/4 .* candidates, best v\d+ \d\.\d+, \d+ rollouts\n", words)
+    assert re.search(r"round 4/4 .* made, best v\d+ \d\.\d+, \d+ rollouts\n", words)
     assert f"best prompt: {state.best}, score {state.best_score:.3f} (the seed's 0.000)" in words
 
 

@@ -97,7 +97,7 @@ class Search:
             )
         )
         best = f"best {state.best} {shown(state.best_score)}"
-        return f"{len(births)} candidates, {best}, {state.rollouts} rollouts"
+        return f"{len(births)} made, {best}, {state.rollouts} rollouts"
 
     async def _births(self, number: int) -> list[Birth]:
         """The candidates of a round, the new ones under versions of their own.
