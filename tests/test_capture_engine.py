@@ -394,7 +394,18 @@ async def test_a_call_given_up_before_its_only_output_leaves_what_was_sampled(
     call.task.cancel()
     await asyncio.gather(call.task, return_exceptions=True)
     assert [(s.sampled_ids, s.finish_reason) for s in request.sequences] == [([5, 6], None), ([7], "stop")]
-    assert [span["status"] for span in request.take_spans()] == ["ERROR", "OK"]
+    assert request.hung_up and [span["status"] for span in request.take_spans()] == ["ERROR", "ERROR"]
+
+
+async def test_a_call_whose_last_output_was_taken_is_not_given_up(engine: Engine, capture: CapturedEngine) -> None:
+    request = captured()
+    taken = engine.generate([1, 2], SamplingParams(output_kind=RequestOutputKind.DELTA), "id", name="call")
+    asked = asyncio.ensure_future(anext(taken))
+    await settle()
+    engine.tokens("call", [5], "stop")
+    assert (await asked).finished
+    await taken.aclose()
+    assert not request.hung_up and request.take_spans()[0]["status"] == "OK"
 
 
 @pytest.mark.parametrize("kind", KINDS)

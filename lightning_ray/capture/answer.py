@@ -92,7 +92,7 @@ class Answer:
 
     async def end(self) -> None:
         """The app is done, or the client hung up: then what was sampled until now is stored."""
-        self._request.hung_up = not self.delivered
+        self._request.hung_up |= not self.delivered
         self._request.settle()
         if not self._refused:
             await self._store()

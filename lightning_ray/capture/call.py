@@ -116,6 +116,7 @@ class CapturedRequest:
     ended: Callable[[], None] | None = None
     """Called when the last of the engine's calls has ended."""
     hung_up: bool = False
+    """Whether its client went away before the answer was out; the app may answer nobody nevertheless."""
     taken: int = 0
     """Sequences that ``take_spans`` has handed out."""
     span_ids: list[str] = field(default_factory=list)

@@ -114,6 +114,9 @@ class CapturedEngine:
                 if output.finished:
                     take_over()
                 yield output
+        except (asyncio.CancelledError, GeneratorExit):
+            request.hung_up |= request_id in request.running
+            raise
         except Exception:
             for sequence in call.sequences.values():
                 sequence.finish_reason = None  # nobody gets it, and what sampled it may be unproved
