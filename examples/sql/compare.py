@@ -31,7 +31,7 @@ FIGURES = ("sampled", "greedy", "corrected")
 
 def grpo(model: Path, steps: int, seed: int, **more: Any) -> lr.Algorithm:
     """As in examples/sql/train.py."""
-    given = {"learning_rate": 6e-4, "minibatch_rollouts": 64, "validate_every": 4, **COMMON, **more}
+    given = {"learning_rate": 6e-4, "minibatch_rollouts": 64, "validate_every": 2, **COMMON, **more}
     return lr.GRPO(model=model, steps=steps, prompts_per_step=PROMPTS, seed=seed, **given)
 
 
@@ -120,38 +120,38 @@ def show(summaries: dict[str, dict[str, Any]]) -> None:
 
 
 def plot(folder: Path, names: list[str]) -> None:
-    """compare.png: the validation over the rollouts played, those of an arm's beginning included."""
+    """compare.png: validation and training reward over the rollouts played; an arm goes on where another ended."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4))
-    for name in names:
-        played, rewards = curve(folder, name)
-        axes.plot(played, rewards, marker="o", label=name)
-    axes.set_xlabel("rollouts played for training")
-    axes.set_ylabel("validation, greedy")
-    axes.set_ylim(0, 1.02)
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
-    figure.tight_layout()
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
+    for axes, kind, title in zip(panels, ("val", "train"), ("validation, greedy", "training, sampled"), strict=True):
+        for name in names:
+            style = "--" if ARMS[name].begins else "-"
+            axes.plot(*curve(folder, name, kind), style, marker="o", markersize=4, label=name)
+        axes.set(xlabel="rollouts played for training", title=title, ylim=(0, 1.02))
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("mean reward")
+    panels[0].legend(loc="lower right")
     figure.savefig(folder / "compare.png", dpi=150)
     plt.close(figure)
     print(f"the picture is {folder / 'compare.png'}")
 
 
-def curve(folder: Path, name: str) -> tuple[list[int], list[float]]:
-    """Rollouts played by each greedy validation, and its reward."""
-    begins = ARMS[name].begins
-    played, rewards = curve(folder, begins) if begins else ([], [])
-    count = played[-1] if played else 0
+def curve(folder: Path, name: str, kind: str) -> tuple[list[int], list[float]]:
+    """Rollouts played, those of an arm's beginning included, and the greedy validations or the rewards of the steps."""
+    begins, count = ARMS[name].begins, 0
+    if begins is not None:
+        count = sum(row["rollouts"] for row in RunFolder(folder / begins).metrics() if row["kind"] == "train")
+    played, rewards = [], []
     for row in RunFolder(folder / name).metrics():
-        if row["kind"] == "train":
-            count += row["rollouts"]
-        elif (row["kind"], row["mode"]) == ("val", "greedy"):
+        if row["kind"] == kind and row.get("mode") in (None, "greedy"):
             played.append(count)
             rewards.append(row["reward"])
+        if row["kind"] == "train":
+            count += row["rollouts"]
     return played, rewards
 
 
