@@ -15,21 +15,30 @@ from lightning_ray.algorithms.loop import TrainingLoop, all_of
 from lightning_ray.algorithms.policies import shared_name
 from lightning_ray.capture.audience import audience_of
 from lightning_ray.config import EngineSettings
+from lightning_ray.doctor_command import read_facts
+from lightning_ray.emit import reward_attributes
 from lightning_ray.errors import ConfigError, TrainersLostError
 from lightning_ray.launch import Launch
 from lightning_ray.machine import check_memory
-from lightning_ray.policy_folder import folder_of
+from lightning_ray.policy_folder import folder_of, settings_in
 from lightning_ray.policy_rows import by_policy, policies_in, rows_of
+from lightning_ray.replay.batch import rebuild
+from lightning_ray.replay.record import chain
+from lightning_ray.replay.settings import recorded, settings_of
 from lightning_ray.run_folder import RunFolder
 from lightning_ray.run_state import PolicyState, RunState
 from lightning_ray.step_figures import StepTimes
+from lightning_ray.store import open_folder
 from lightning_ray.summary import summarize
 from lightning_ray.trajectories.account import Account, settle
+from lightning_ray.trajectories.doctor import examine
 from lightning_ray.trajectories.episode import Episode, read_episodes
 from lightning_ray.trajectories.settings import BatchSettings
 from lightning_ray.trajectories.usable import outcome_of
+from tests.test_doctor import Bench
 from tests.test_selection import ROLLOUT, call, table
 from tests.test_step_figures import episode
+from tests.test_trajectories import model_call, span
 
 
 def make(folder: Path) -> None: ...
@@ -355,6 +364,47 @@ def test_the_folder_as_one_policy_has_it(tmp_path: Path) -> None:
             folder_of(tmp_path, policy, known)
     with pytest.raises(ConfigError, match="has one policy"):
         folder_of(tmp_path, "a", {"name": "GRPO"})
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run of one step: the writer learned from its two rollouts; of the checker's calls both had the same reward."""
+    folder, bench = tmp_path / "run", Bench(tmp_path / "run" / "store")
+    for name, worth in (("a", 0.0), ("b", 1.0)):
+        answers = {"writer": [3], "checker": [4]}
+        calls = [model_call("", [1, 2], sampled) | {"model": policy} for policy, sampled in answers.items()]
+        values = reward_attributes({"all": worth, "checker": 0.5}, "all")
+        bench.rollout(name, *calls, span("", attributes=values))
+    bench.store.close()
+    settings = lr.GRPO(policies={name: lr.Policy(model="m") for name in ("writer", "checker")}).settings()
+    (folder / "config.json").write_text(json.dumps({"algorithm": {"name": "GRPO", **settings}}, default=str))
+    line = {"step": 0, "versions": {"writer": 0, "checker": 0}, "groups": [("g", ["a", "b"])]}
+    RunFolder(folder).append_step(line | {"trained": {"writer": 2, "checker": 0}})
+    figures = {
+        "writer": {"weight_version": 1, "rollouts_trained": 2, "update.loss": 0.25},
+        "checker": {"weight_version": 0, "rollouts_trained": 0, "dropped.no_variance": 2},
+    }
+    row = {"kind": "train", "step": 0, "rollouts": 2, **by_policy(figures)}
+    (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize(("policy", "reason"), [(None, "trained"), ("writer", "trained"), ("checker", "no_variance")])
+def test_the_doctor_looks_at_one_policy(run: Path, policy: str | None, reason: str) -> None:
+    report = examine(open_folder(run / "store"), read_facts(run, policy))
+    assert {each.rollout_id: each.reason for each in report.diagnoses} == {"a": reason, "b": reason}
+    assert report.contradictions == []
+
+
+def test_a_step_is_rebuilt_for_the_policy_that_learned_from_it(run: Path) -> None:
+    settings = settings_of(recorded(run, "writer"), run)
+    folder = folder_of(run, "writer", settings_in(run))[0]
+    [record] = chain(folder, 0)[1]
+    assert record.figures["loss"] == 0.25 and record.trained == 2
+    table = rebuild(open_folder(run / "store"), record, settings.batch, 0, settings.agent_match, folder.policy)
+    assert table["token_ids"].to_pylist() == [[1, 2, 3], [1, 2, 3]] and table["reward"].to_pylist() == [0.0, 1.0]
+    with pytest.raises(ConfigError, match="--step 0 trained nothing"):
+        chain(folder_of(run, "checker", settings_in(run))[0], 0)
 
 
 def test_a_resume_trains_what_was_trained() -> None:
