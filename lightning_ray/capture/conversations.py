@@ -167,7 +167,12 @@ class Conversations:
         """Of the conversation that stands for most of the prompt."""
         if attempt not in self._said:
             return None
-        known = [(common_prefix(c.ids, prompt.ids), c) for c in self._said[attempt].conversations]
+        known = []
+        for conversation in self._said[attempt].conversations:
+            shared = common_prefix(conversation.ids, prompt.ids)
+            if shared == len(prompt):  # all of it was said, by these very ids
+                return Continuation(shared, prompt.ids, (), shared, exact=True)
+            known.append((shared, conversation))
         known.sort(key=lambda item: item[0], reverse=True)
         found = [continuation(c, prompt, self._reader) for _, c in known[:CONVERSATIONS_TRIED]]
         return max((f for f in found if f is not None), key=lambda f: f.covered, default=None)
