@@ -257,13 +257,11 @@ class Policy:
     async def _thaw(self, version: int) -> None:
         """Go on sampling, under ``version``."""
         assert self.capture is not None
-        await self.engine.update_weight_version(str(version))
         self.capture.mark_swap(version)
-        if self.asleep:
-            await self.engine.wake_up(["kv_cache"])  # which resumes too, once nothing is asleep
-            self.asleep = False
-        else:
-            await self.engine.resume_generation()
+        # Waking up resumes too, once nothing is asleep.
+        going_on = self.engine.wake_up(["kv_cache"]) if self.asleep else self.engine.resume_generation()
+        await asyncio.gather(self.engine.update_weight_version(str(version)), going_on)
+        self.asleep = False
         began, self.swapping_since = self.swapping_since, None
         took = None if began is None else round(time.time() - began, 4)
         self.swaps.append({"version": version, "time": time.time(), "seconds": took, "proved": False})
