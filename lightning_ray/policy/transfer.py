@@ -27,7 +27,8 @@ Member = dict[str, Any]
 Shown = dict[str, Any]
 """What a replica showed: ``replica_id``, ``version``, ``max_logprob_diff``, and maybe ``bytes`` and ``phases`` (seconds
 of each part of the swap, in order)."""
-CHUNK_BYTES = 64 * 2**20
+CHUNK_BYTES = 256 * 2**20
+"""On two cores smaller ones are not faster: loading then shares both with handing out (benchmarks/RESULTS.md)."""
 MOST_CHUNKS = 8
 
 
