@@ -289,7 +289,7 @@ class Store(ABC):
         """Store spans (SPAN_SCHEMA), each once by (rollout, attempt, span id); returns the rows left out
         because they were there.
 
-        Without ``synced`` it returns once no process's death can lose them; they are on the disk a moment later, and
+        Without ``synced`` it returns once no process's death can lose them; they are on the disk a second later, and
         in any case before the end of their attempt is told, or anything of them is read. So if the machine fails,
         only attempts that were at work, and are played again, may lack spans.
 

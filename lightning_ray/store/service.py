@@ -26,8 +26,7 @@ from lightning_ray.types import TERMINAL_ROLLOUT, AttemptedRollout, Rollout
 
 T = TypeVar("T")
 WATCH_SECONDS = 1.0
-SYNC_SECONDS = 0.05
-"""After which spans are synced that nobody waits for."""
+"""From one look of the watchdog to the next, which also syncs what nobody waits for."""
 _PLAIN_CALLS = frozenset(
     {
         "enqueue_many_rollouts",
@@ -65,7 +64,6 @@ class StoreService:
         self.store = store
         self._synced = store.records
         self._syncing: asyncio.Task[None] | None = None
-        self._sync_due: asyncio.TimerHandle | None = None
         self._sync_thread = ThreadPoolExecutor(1, thread_name_prefix="store-sync")
         self._watchdog: asyncio.Task[None] | None = None
         self._hungry: OrderedDict[asyncio.Future[None], None] = OrderedDict()
@@ -107,10 +105,7 @@ class StoreService:
         if name in _QUERIES:
             return getattr(self.store, name)(*args[:-1], Page(*args[-1]))
         if name == "append_spans":
-            left_out = self.store.append_spans(decode_batch(args[0]), args[0])
-            if not self.is_synced(name, args):
-                self._sync_soon()
-            return left_out
+            return self.store.append_spans(decode_batch(args[0]), args[0])
         if name == "finish_many_attempts":
             return self._finish(*args)
         if name == "release_worker":
@@ -200,8 +195,6 @@ class StoreService:
         """End the watchdog, make all durable and let go of the folder."""
         if self._watchdog is not None:
             self._watchdog.cancel()
-        if self._sync_due is not None:
-            self._sync_due.cancel()
         try:
             await self.durable()
         finally:
@@ -238,17 +231,6 @@ class StoreService:
             raise
         await self.durable()
         return answer
-
-    def _sync_soon(self) -> None:
-        """Begin a sync shortly, for all that comes until then."""
-        if self._sync_due is None:
-            self._sync_due = asyncio.get_running_loop().call_later(SYNC_SECONDS, self._begin_sync)
-
-    def _begin_sync(self) -> None:
-        self._sync_due = None
-        if self._synced < self.store.records and (self._syncing is None or self._syncing.done()):
-            self._syncing = asyncio.ensure_future(self._sync())
-            self._syncing.add_done_callback(_tell_failure)
 
     async def _sync(self) -> None:
         records, job = self.store.records, self.store.sync_job()
@@ -313,11 +295,6 @@ class _Wait:
         self._open.discard(rollout_id)
         if not self._open:
             _wake(self.done)
-
-
-def _tell_failure(syncing: asyncio.Task[None]) -> None:
-    if not syncing.cancelled() and (error := syncing.exception()) is not None:
-        _log.error("spans could not be synced; the store refuses whatever comes from now on: %s", error)
 
 
 def _wake(future: asyncio.Future[None]) -> None:
