@@ -18,6 +18,7 @@ import psutil
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from actors.names import shown_name
 from lightning_ray.errors import InfrastructureError, LightningRayError, TrainersLostError
 from lightning_ray.net import free_port
 from lightning_ray.policy.settings import UpdateSettings
@@ -43,6 +44,9 @@ class PolicyTrainer:
         self.settings = settings
         self.rank = rank
         self.world_size = world_size
+
+    def __repr__(self) -> str:
+        return shown_name(self)
 
     def address(self) -> tuple[str, int]:
         """Where ranks can meet: this node's address and a port that is free now."""
@@ -118,8 +122,11 @@ class PolicyTrainerGroup:
         self.ranks = ranks
 
     @classmethod
-    async def start(cls, settings: UpdateSettings, ranks: int, timeout: float = 300.0) -> PolicyTrainerGroup:
-        """Start ``ranks`` actors and load the model, within ``timeout`` seconds altogether.
+    async def start(
+        cls, settings: UpdateSettings, ranks: int, timeout: float = 300.0, called: str | None = None
+    ) -> PolicyTrainerGroup:
+        """Start ``ranks`` actors and load the model, within ``timeout`` seconds altogether. Their names in Ray are
+        ``{called}-0`` and so on.
 
         Raises ConfigError for settings that cannot work, InfrastructureError if a rank does not come up;
         nothing is left running then.
@@ -131,7 +138,8 @@ class PolicyTrainerGroup:
             num_gpus=settings.gpu_share if settings.device == "cuda" else 0,
             runtime_env={"env_vars": env},
         )
-        group = cls([actor.remote(settings, rank, ranks) for rank in range(ranks)])
+        names = [None if called is None else f"{called}-{rank}" for rank in range(ranks)]
+        group = cls([actor.options(name=name).remote(settings, rank, ranks) for rank, name in enumerate(names)])
         deadline = time.monotonic() + timeout
         try:
             host, port = (await group.call("address", timeout=timeout))[0]

@@ -15,6 +15,7 @@ from typing import Any, TypedDict
 
 import ray
 
+from actors.names import shown_name
 from lightning_ray.agent import LitAgent
 from lightning_ray.config import RunnerSettings
 from lightning_ray.hooks import Hook
@@ -46,6 +47,9 @@ class RunnerActor:
         self._task: asyncio.Task[str] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._drained: str | None = None
+
+    def __repr__(self) -> str:
+        return shown_name(self)
 
     @ray.method(concurrency_group="control")
     async def info(self) -> RunnerInfo:

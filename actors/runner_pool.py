@@ -157,7 +157,7 @@ class RunnerPool:
 
     async def _one_life(self, slot: Slot) -> str | None:
         """From start to end; the reason if it died. Its work is released before this returns."""
-        options = {"name": f"{self._name}-{slot.worker_id}", **self._options}
+        options = {"name": f"{self._name}/{slot.worker_id}", **self._options}
         if slot.node_id is not None:
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(slot.node_id, soft=True)
         actor = slot.actor = RunnerActor.options(**options).remote(slot.worker_id)  # type: ignore[attr-defined]

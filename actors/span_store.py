@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 
+from actors.names import shown_name
 from lightning_ray.errors import InfrastructureError, LightningRayError, StoreError
 from lightning_ray.store.core import SpanStore
 from lightning_ray.store.line import Answer, Envelope, LineServer
@@ -50,6 +51,9 @@ class SpanStoreActor:
         self._lines = LineServer(self.calls)
         gc.freeze()
         gc.set_threshold(*_GARBAGE)
+
+    def __repr__(self) -> str:
+        return shown_name(self)
 
     async def calls(self, envelopes: Sequence[Envelope], buffers: list[pa.Buffer]) -> list[Answer]:
         """Calls of the service, done in order, and their answers; all are given once all are durable that must be."""

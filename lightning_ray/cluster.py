@@ -10,9 +10,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import secrets
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,17 +71,24 @@ the first logprobs, for one small function."""
 class Cluster:
     """A run's Ray: the span store, a deployment and trainer ranks for each policy, the relay and the runners.
 
-    Policies go by their names; the only one of a run has its own, which need not be given.
+    Policies go by their names; the only one of a run has its own, which need not be given. ``run`` is the run's name:
+    Ray shows its actors as ``{run}/store``, ``{run}/trainer-0``, ``{run}/runner-3-...``.
     """
 
     def __init__(
-        self, address: str | None = None, num_cpus: int | None = None, relays: Mapping[str, Upstream] | None = None
+        self,
+        address: str | None = None,
+        num_cpus: int | None = None,
+        relays: Mapping[str, Upstream] | None = None,
+        run: str = "run",
     ):
         self.address = address or os.environ.get("RAY_ADDRESS") or "local"
         self.owned = self.address == "local"
         self._num_cpus = num_cpus or LOGICAL_CPUS
         self._temp: Path | None = None
-        self._name = f"lightning-ray-{secrets.token_hex(4)}"
+        self.run = run
+        self._name = f"{plain_name(run)}-{secrets.token_hex(4)}"
+        """Of the namespace in Ray, and of the applications in Serve: no two runs have the same."""
         self.secret = secrets.token_bytes(32)
         self.runners: RunnerPool | None = None
         self.store: Store | None = None
@@ -88,6 +97,8 @@ class Cluster:
         """Handles of the policies' deployments."""
         self._swap_timeouts: dict[str, float] = {}
         self._trainers: dict[str, Any] = {}
+        self._groups: Counter[str] = Counter()
+        """How often each policy's trainer ranks were started."""
         self._serving = asyncio.Lock()
         self._relays = dict(relays or {})
         self._relay: Any = None
@@ -132,7 +143,7 @@ class Cluster:
         """The run's span store, of ``shards`` processes, on the cluster's nodes in turn."""
         from actors.span_store import start_shards
 
-        self._store_actors = start_shards(folder, f"{self._name}-store", shards, lease_seconds=LEASE_SECONDS)
+        self._store_actors = start_shards(folder, f"{self.run}/store", shards, lease_seconds=LEASE_SECONDS)
         clients = [StoreClient(actor) for actor in self._store_actors]
         self.store = clients[0] if shards == 1 else ShardedStore(clients)
         return self.store
@@ -144,7 +155,7 @@ class Cluster:
         return {
             "address": ray.get_runtime_context().gcs_address,
             "namespace": self._name,
-            "store": f"{self._name}-store",
+            "store": f"{self.run}/store",
             "shards": len(self._store_actors),
         }
 
@@ -230,7 +241,11 @@ class Cluster:
         """A policy's trainer ranks, ready to push weights."""
         from actors.policy_trainer import PolicyTrainerGroup
 
-        trainers = self._trainers[name] = await PolicyTrainerGroup.start(settings, ranks=ranks)
+        self._groups[name] += 1
+        called = f"{self.run if name == ONLY else f'{self.run}/{name}'}/trainer"
+        if self._groups[name] > 1:  # the names of ranks that were killed may not be free yet
+            called += f"-life-{self._groups[name]}"
+        trainers = self._trainers[name] = await PolicyTrainerGroup.start(settings, ranks=ranks, called=called)
         await trainers.call("load_transfer", transfer, timeout=120.0)
         return trainers
 
@@ -248,7 +263,7 @@ class Cluster:
         from actors.runner_pool import RunnerPool
 
         assert self.store is not None and self.failure is not None
-        self.runners = RunnerPool(self._name, agent, self.store, self.secret, settings, hooks, self.failure)
+        self.runners = RunnerPool(self.run, agent, self.store, self.secret, settings, hooks, self.failure)
         self.runners.start()
 
     async def stop(self) -> None:
@@ -284,6 +299,11 @@ class Cluster:
         applications += [f"{self._name}-relay"] if self._relay is not None else []
         for application in applications if not self.owned else ():
             await in_thread(serve.delete, application)
+
+
+def plain_name(run: str) -> str:
+    """A run's name as part of an address, in letters and digits that need no escaping."""
+    return re.sub(r"[^a-zA-Z0-9._-]+", "-", run).strip("-.") or "run"
 
 
 def policy_options(settings: EngineSettings) -> dict[str, Any]:

@@ -255,7 +255,7 @@ class Trainer:
         run = Run(
             folder,
             Reporter(),
-            Cluster(self.address, relays=self.algorithm.relays(self.relays)),
+            Cluster(self.address, relays=self.algorithm.relays(self.relays), run=folder.path.name),
             agent,
             datasets,
             self.runner_settings(),

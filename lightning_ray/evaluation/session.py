@@ -76,7 +76,7 @@ class EvaluationSession:
         InfrastructureError past a deadline.
         """
         self._check(tasks)
-        cluster = self._cluster()
+        cluster = self._cluster(folder.path.name)
         served = ServedModels(self._trainer.algorithm, self._subject, self._reporter)
         served.check(cluster.owned)
         folder.create_for_evaluation(README)
@@ -93,12 +93,12 @@ class EvaluationSession:
         report.write()
         return report
 
-    def _cluster(self) -> Cluster:
+    def _cluster(self, name: str) -> Cluster:
         relays = dict(self._relays())
         if self._subject.upstream is not None:
             parameters = {**self._subject.upstream.parameters, **PARAMETERS[self._sampling]}
             relays[EVALUATED] = self._subject.upstream.model_copy(update={"parameters": parameters})
-        return Cluster(self._trainer.address, relays=relays)
+        return Cluster(self._trainer.address, relays=relays, run=name)
 
     def _check(self, tasks: Dataset[Any]) -> None:
         if not len(tasks):
