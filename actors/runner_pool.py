@@ -95,6 +95,8 @@ class RunnerPool:
         self._made = 0
         self._control: asyncio.Task[None] | None = None
         self._stopping = False
+        self.restarts = 0
+        """How often a runner took the place of one that had died, or was stuck."""
         self.failure = failure or asyncio.get_running_loop().create_future()
 
     def start(self) -> None:
@@ -147,6 +149,7 @@ class RunnerPool:
         """A slot's lives, until it leaves or the pool stops."""
         while not self._stopping and slot.leaving is None:
             slot.life += 1
+            self.restarts += slot.life > 1
             slot.worker_id = f"{slot.name}-{uuid.uuid4().hex[:6]}"
             slot.info, slot.unanswered = None, 0
             died = await self._one_life(slot)

@@ -148,6 +148,10 @@ class Cluster:
         self.store = clients[0] if shards == 1 else ShardedStore(clients)
         return self.store
 
+    async def store_processes(self) -> list[int]:
+        """Ids of the processes that hold the store; another one after a restart."""
+        return await asyncio.gather(*(actor.process_id.remote() for actor in self._store_actors))
+
     def whereabouts(self) -> dict[str, Any]:
         """How to reach the run: Ray's address and namespace, the store's actor (or the root of its shards' names)."""
         import ray

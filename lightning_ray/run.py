@@ -26,6 +26,7 @@ from lightning_ray.config import RunnerSettings
 from lightning_ray.evaluation import Evaluation
 from lightning_ray.hooks import Hook
 from lightning_ray.machine import tree_memory
+from lightning_ray.metrics.watch import RunWatch, Watched
 from lightning_ray.policy.loaded import loaded_from
 from lightning_ray.policy_rows import by_policy
 from lightning_ray.progress import Reporter
@@ -38,7 +39,6 @@ from lightning_ray.step_figures import StepTimes, policy_figures, step_figures
 from lightning_ray.store.base import Store
 from lightning_ray.threads import in_thread
 from lightning_ray.trackers import Choice, Trackers
-from lightning_ray.trackers.ray_metrics import watch_queue
 from lightning_ray.trained_policy import TrainedPolicy
 from lightning_ray.trajectories.account import Account
 from lightning_ray.trajectories.episode import Episode
@@ -77,7 +77,7 @@ class Run:
         self._began = time.perf_counter()
         self._settings: WeightAlgorithm
         self._rollouts: RunRollouts
-        self._queue_watch: asyncio.Task[None] | None = None
+        self._watch: asyncio.Task[None] | None = None
         self._agents: dict[str, set[str]] = {}
         """By rollout read since the last step, the agents that took part."""
         self._evaluations = RunEvaluations(self)
@@ -119,7 +119,7 @@ class Run:
             for policy in self.policies.values():
                 policy.watch()
             self.cluster.start_runners(self.agent, self._runners, self._hooks)
-            self._queue_watch = asyncio.create_task(watch_queue(self.folder.path.name, self.store, self._lives))
+            self._watch = asyncio.create_task(RunWatch(self._watched()).run())
         if not self._resume:
             await self._evaluations.all("before")
         self.reporter.start_steps(self.state.step, settings.steps)
@@ -292,8 +292,8 @@ class Run:
         self.reporter.end_steps()
         for policy in self.policies.values():
             policy.close()
-        if self._queue_watch is not None:
-            self._queue_watch.cancel()
+        if self._watch is not None:
+            self._watch.cancel()
         await in_thread(self.trackers.close)
         await self.cluster.stop()
         try:
@@ -305,10 +305,21 @@ class Run:
         """Seconds of the run so far, those before a resume included."""
         return self.state.seconds * self._resume + time.perf_counter() - self._began
 
-    def _lives(self) -> list[int]:
-        """How often each runner was started."""
+    def _watched(self) -> Watched:
+        """The run, for its metrics."""
         pool = self.cluster.runners
-        return [] if pool is None else [runner["lives"] for runner in pool.status()]
+        assert pool is not None
+        return Watched(
+            name=self.folder.path.name,
+            folder=self.folder.path,
+            store=self.store,
+            step=lambda: self.state.step,
+            runners=lambda: sum(runner["pid"] is not None for runner in pool.status()),
+            restarts=lambda: {"runner": pool.restarts, "trainer": self.state.trainer_restarts},
+            replicas=lambda: {name: policy.swapper.present for name, policy in self.policies.items()},
+            bounds={name: policy.settings.max_staleness for name, policy in self.policies.items()},
+            stores=self.cluster.store_processes,
+        )
 
     def _sample_memory(self) -> None:
         while not self._done.wait(4.0):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib
 import importlib.util
 import json
@@ -13,7 +12,7 @@ import time
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 
@@ -24,7 +23,6 @@ from lightning_ray.trackers.base import scalars
 from lightning_ray.trackers.choice import PACKAGES, check_installed, check_trackers
 from lightning_ray.trackers.jsonl import JsonlTracker
 from lightning_ray.trackers.mlflow import MlflowTracker, dotted, legal
-from lightning_ray.trackers.ray_metrics import COUNTERS, GAUGES, RayMetrics, watch_queue
 from lightning_ray.trackers.tensorboard import TensorBoardTracker
 from lightning_ray.trackers.wandb import WandbTracker
 from tests.fake_mlflow import SOURCE
@@ -90,85 +88,6 @@ def test_tensorboard_has_a_curve_for_each_figure(tmp_path: Path) -> None:
     [events] = (tmp_path / "tensorboard").iterdir()
     written = events.read_bytes()
     assert b"train/reward" in written and b"val/greedy/reward" in written and b"flag" not in written
-
-
-# Ray's metrics
-
-
-class FakeMetric:
-    """Keeps what is recorded."""
-
-    made: ClassVar[list[FakeMetric]] = []
-
-    def __init__(self, name: str, description: str = "", tag_keys: tuple[str, ...] = ()) -> None:
-        self.name, self.description, self.tag_keys = name, description, tag_keys
-        self.values: list[float] = []
-        self.made.append(self)
-
-    def set(self, value: float, tags: dict[str, str]) -> None:
-        assert tuple(tags) == self.tag_keys == ("run",) and tags["run"] == "sql"
-        self.values.append(value)
-
-    inc = set
-
-
-@pytest.fixture
-def metrics(monkeypatch: pytest.MonkeyPatch) -> list[FakeMetric]:
-    import ray.util.metrics
-
-    FakeMetric.made = []
-    for kind in ("Gauge", "Counter"):
-        monkeypatch.setattr(ray.util.metrics, kind, FakeMetric)
-    return FakeMetric.made
-
-
-def values(metrics: list[FakeMetric]) -> dict[str, list[float]]:
-    return {metric.name: metric.values for metric in metrics}
-
-
-def test_ray_has_the_figures_of_steps_and_validations(metrics: list[FakeMetric]) -> None:
-    tracker = RayMetrics("sql")
-    tracker.log({**STEP, "update.trained_tokens": 100.0, "sampled_tokens": 0, "update.staleness_mean": 0.5})
-    tracker.log({**STEP, "step": 5, "reward": None, "swap_ms": None})
-    tracker.log(VALIDATION)
-    tracker.log({**VALIDATION, "mode": "sampled", "reward": 0.1})
-    assert values(metrics) == {
-        "lightning_ray_step": [5.0, 6.0],
-        "lightning_ray_reward": [0.5],
-        "lightning_ray_staleness": [0.5],
-        "lightning_ray_swap_seconds": [0.25],
-        "lightning_ray_trained_tokens": [100.0],
-        "lightning_ray_rollouts": [8.0, 8.0],
-        "lightning_ray_validation_reward": [0.75],
-    }
-
-
-def test_no_two_metrics_have_a_name_and_all_names_are_prometheus() -> None:
-    names = [name for name, _ in (*GAUGES.values(), *COUNTERS.values())]
-    assert len(set(names)) == len(names) and all(name.isidentifier() for name in names)
-
-
-async def test_the_queue_is_watched_though_the_store_is_away_at_times(
-    metrics: list[FakeMetric], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Store:
-        asked = 0
-
-        async def statistics(self) -> dict[str, Any]:
-            self.asked += 1
-            if self.asked == 1:
-                raise ConnectionError
-            return {"queued": self.asked, "live_attempts": 3, "spans": 9}
-
-    monkeypatch.setattr("lightning_ray.trackers.ray_metrics.QUEUE_SECONDS", 0.0)
-    store = Store()
-    watching = asyncio.create_task(watch_queue("sql", store, lambda: [1, 3, 0]))  # type: ignore[arg-type]
-    while store.asked < 3:
-        await asyncio.sleep(0)
-    watching.cancel()
-    found = values(metrics)
-    assert found["lightning_ray_queue_length"][0] == 2.0 and found["lightning_ray_running_rollouts"][0] == 3.0
-    assert found["lightning_ray_runner_restarts"][0] == 2.0
 
 
 # W&B and MLflow

@@ -67,6 +67,8 @@ class PolicySwapper:
         self._known: list[Member] = []
         """The replicas, as they were when they were last asked."""
         self.last: Swap | None = None
+        self.present: frozenset[str] = frozenset()
+        """Replicas that answered when ``unproved`` last asked."""
 
     async def publish(self, version: int) -> Swap:
         """Send and prove. Raises SwapError when a replica cannot prove it whatever is done, TrainersLostError when a
@@ -89,6 +91,7 @@ class PolicySwapper:
         if self._lock.locked():
             return []
         members = await self._replicas("describe")
+        self.present = frozenset(member["replica_id"] for member in members)
         return [member["replica_id"] for member in members if not member["proved"] and not member["swapping"]]
 
     async def _publish(self, version: int) -> Swap:

@@ -1,89 +1,86 @@
-"""Figures as metrics of Ray's, for Prometheus and Grafana beside the cluster's own: ``lightning_ray_*``, by run.
+"""The figures of steps and validations as metrics of Ray's, for Prometheus and Grafana beside the cluster's own.
 
-Those of a step come with its row; those of the queue are looked up every few seconds.
+Which there are, and those that do not come with a row, is ``lightning_ray.metrics``'.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
-from lightning_ray.trackers.base import Row, is_number
+from lightning_ray.metrics.exporter import Exporter
+from lightning_ray.policy_rows import policies_in, rows_of
+from lightning_ray.run_state import ONLY
+from lightning_ray.trackers.base import Row
 
-if TYPE_CHECKING:
-    from lightning_ray.store.base import Store
-
-QUEUE_SECONDS = 5.0
-GAUGES = {
-    "step": ("step", "Training steps made."),
-    "reward": ("reward", "Mean reward of the last step's rollouts."),
-    "validation": ("validation_reward", "Mean reward of the last greedy validation."),
-    "update.staleness_mean": ("staleness", "Mean age of the trained tokens in weight versions."),
-    "swap_seconds": ("swap_seconds", "Of the last weight swap, from start to proof."),
-    "sampled_tokens_per_s": ("sampled_tokens_per_second", "Tokens sampled in a second."),
-    "trained_tokens_per_s": ("trained_tokens_per_second", "Tokens trained in a second of the update."),
-    "trainer_restarts": ("trainer_restarts", "How often the trainer ranks were started anew."),
-    "runner_restarts": ("runner_restarts", "How often the runners of now were started anew."),
-    "queued": ("queue_length", "Rollouts that wait for a runner."),
-    "live_attempts": ("running_rollouts", "Rollouts that are being played."),
+OF_RUN = {"reward": "reward", "turns": "turns", "wall_seconds": "step_seconds"}
+"""Figure -> gauge."""
+OF_POLICY = {
+    "reward": "policy_reward",
+    "response_tokens_mean": "response_tokens",
+    "update.staleness_mean": "staleness",
+    "update.staleness_max": "staleness_max",
+    "sampled_tokens_per_s": "sampled_tokens_per_second",
+    "trained_tokens_per_s": "trained_tokens_per_second",
+    "weight_version": "weight_version",
 }
-"""Figure -> name and description."""
-COUNTERS = {
-    "sampled_tokens": ("sampled_tokens", "Tokens that the policy sampled for training."),
-    "update.trained_tokens": ("trained_tokens", "Tokens that were trained."),
-    "rollouts": ("rollouts", "Rollouts that were played for training."),
+COUNTED = {
+    "sampled_tokens": "sampled_tokens",
+    "update.trained_tokens": "trained_tokens",
+    "rollouts_trained": "rollouts_trained",
 }
+"""Figure of a policy -> counter."""
+FIGURES = (
+    *("loss", "grad_norm", "learning_rate", "entropy", "nll", "clip_share", "approx_kl", "reference_kl"),
+    *("ratio_mean", "ratio_max", "capped_share", "rejected_share", "max_logprob_diff", "teacher_kl", "seconds"),
+)
+"""Of an update, those that are exported."""
 
 
 class RayMetrics:
-    """Sets metrics of one run; each is made with its first value."""
+    """Sets the metrics of one run."""
 
     def __init__(self, run_name: str):
-        self._tags = {"run": run_name}
-        self._made: dict[str, Any] = {}
+        self._export = Exporter(run=run_name)
 
     def log(self, row: Row) -> None:
         """Set the figures of a step or of a greedy validation."""
         if row["kind"] == "train":
-            swap = row.get("swap_ms")
-            self.set({**row, "step": row["step"] + 1, "swap_seconds": None if swap is None else swap / 1e3})
-            self._count(row)
+            self._step(row)
+            policies = policies_in([row])
+            for policy in policies or [ONLY]:
+                [own] = rows_of([row], policy if policies else None)
+                self._policy(policy, own)
         elif row["kind"] == "val" and row.get("mode") == "greedy":
-            self.set({"validation": row["reward"]})
-
-    def set(self, figures: Mapping[str, Any]) -> None:
-        """Set the gauges of these figures."""
-        from ray.util.metrics import Gauge
-
-        for figure, (name, description) in GAUGES.items():
-            if is_number(figures.get(figure)):
-                self._metric(Gauge, name, description).set(float(figures[figure]), self._tags)
+            self._export.set("validation_reward", row["reward"])
 
     def close(self) -> None:
         """Ray forgets them with the process."""
 
-    def _count(self, row: Row) -> None:
-        from ray.util.metrics import Counter
+    def _step(self, row: Row) -> None:
+        export = self._export
+        export.set("step", row["step"] + 1)
+        export.add("rollouts", row.get("rollouts"))
+        for figure, gauge in OF_RUN.items():
+            export.set(gauge, row.get(figure))
+        for phase, share in _behind("time.", row).items():
+            export.add("phase_seconds", share * row["wall_seconds"], phase=phase)
 
-        for figure, (name, description) in COUNTERS.items():
-            if is_number(row.get(figure)) and row[figure] > 0:
-                self._metric(Counter, name, description).inc(float(row[figure]), self._tags)
+    def _policy(self, policy: str, row: Mapping[str, Any]) -> None:
+        export = self._export
+        for figure, gauge in OF_POLICY.items():
+            export.set(gauge, row.get(figure), policy=policy)
+        for figure, counter in COUNTED.items():
+            export.add(counter, row.get(figure), policy=policy)
+        for reason, count in _behind("dropped.", row).items():
+            export.add("rollouts_dropped", count, policy=policy, reason=reason)
+        for figure in FIGURES:
+            export.set("update", row.get(f"update.{figure}"), policy=policy, figure=figure)
+        if row.get("swap_ms") is not None:
+            export.set("swap_seconds", row["swap_ms"] / 1e3, policy=policy)
+        for part, milliseconds in _behind("swap_ms.", row).items():
+            export.set("swap_part_seconds", milliseconds / 1e3, policy=policy, part=part)
 
-    def _metric(self, make: Callable[..., Any], name: str, description: str) -> Any:
-        if name not in self._made:
-            self._made[name] = make(f"lightning_ray_{name}", description, tag_keys=("run",))
-        return self._made[name]
 
-
-async def watch_queue(run_name: str, store: Store, lives: Callable[[], list[int]]) -> None:
-    """Until cancelled, keep the gauges of the queue; ``lives`` tells how often each runner was started."""
-    metrics = RayMetrics(run_name)
-    while True:
-        try:
-            known = await store.statistics()
-            restarts = sum(max(0, count - 1) for count in lives())
-            metrics.set({name: known[name] for name in ("queued", "live_attempts")} | {"runner_restarts": restarts})
-        except Exception:  # the store is on its way back; those who need it tell of it
-            pass
-        await asyncio.sleep(QUEUE_SECONDS)
+def _behind(prefix: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name.removeprefix(prefix): value for name, value in row.items() if name.startswith(prefix)}
