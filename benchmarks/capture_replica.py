@@ -16,7 +16,6 @@ import uvicorn
 
 from benchmarks.capture_model import prompts
 from benchmarks.capture_stub import SAMPLED, StubEngine
-from lightning_ray.capture.append import SharedAppend
 from lightning_ray.capture.conversations import Conversations
 from lightning_ray.capture.edge import Backend, CaptureEdge, Limits
 from lightning_ray.capture.engine import CapturedEngine
@@ -61,7 +60,7 @@ class Replica:
         self.continue_conversations(settings.continuation)
         backend = Backend(self._ready, lambda: self._capture.version, self._status)
         limits = Limits(settings.max_body_mb * 2**20, settings.max_calls_per_attempt)
-        edge = CaptureEdge(app, self._secret, SharedAppend(self._append), backend, limits)
+        edge = CaptureEdge(app, self._secret, self._append, backend, limits)
         gc.freeze()
         return await self._serve(app), await self._serve(edge)
 

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.compute as pc
 from ray import serve
 
-from lightning_ray.capture.append import SharedAppend
 from lightning_ray.capture.audience import POLICY
 from lightning_ray.capture.conversations import Attempt, Conversations
 from lightning_ray.capture.edge import Backend, CaptureEdge, Limits
@@ -108,7 +107,7 @@ class Policy:
         limits = Limits(settings.max_body_mb * 2**20, settings.max_calls_per_attempt)
         backend = Backend(self._ready, lambda: self.describe()["version"], self.status, self.audience, self.model_name)
         gc.freeze()  # what was imported and loaded is here to stay, and not to be gone through again and again
-        return CaptureEdge(app, self.secret, SharedAppend(self._append), backend, limits)
+        return CaptureEdge(app, self.secret, self._append, backend, limits)
 
     async def _vouch(self, loaded: Loaded) -> None:
         """Answer under the weights of the model's folder, if they do as its canaries say; there will be no swap."""

@@ -26,7 +26,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
 from deployments.store_api import StoreApiSettings, connect
-from lightning_ray.capture.append import SharedAppend
 from lightning_ray.config import build
 from lightning_ray.errors import ConfigError
 from lightning_ray.relay.app import RelayApp
@@ -61,7 +60,7 @@ class Relay:
 
     def __init__(self, upstreams: Mapping[str, Upstream], store: Store, secret: bytes):
         self.store = store
-        self.relay = RelayApp(upstreams, secret, SharedAppend(self._append), partial(spent_before, store))
+        self.relay = RelayApp(upstreams, secret, self._append, partial(spent_before, store))
 
     async def __serve_build_asgi_app__(self) -> RelayApp:
         """The app, in the replica's event loop."""

@@ -1,4 +1,4 @@
-"""Shared appends: one alone waits for nothing, what comes meanwhile goes together, a refusal is its own call's."""
+"""Shared appends: one among few waits for nothing, what comes meanwhile goes together, a refusal is its own call's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lightning_ray.capture.append import ROWS_AT_ONCE, SharedAppend
+from lightning_ray.capture.append import MANY_CALLS, PATIENCE_SECONDS, ROWS_AT_ONCE, SHARE, SharedAppend
 from lightning_ray.errors import StoreError
 
 
@@ -83,3 +83,32 @@ async def test_one_call_may_be_larger_than_the_bound() -> None:
         await SharedAppend(disk.append)(rows("bad"))
     await SharedAppend(disk.append)(rows(*range(ROWS_AT_ONCE + 1)))
     assert len(disk.durable) == ROWS_AT_ONCE + 1
+
+
+async def test_where_many_calls_are_at_work_rows_wait_for_those_of_others_until_there_are_enough() -> None:
+    disk = Disk()
+    disk.gate.set()
+    append = SharedAppend(disk.append, lambda: 4 * SHARE)
+    calls = [asyncio.create_task(append(rows(number))) for number in range(3)]
+    await turns()
+    assert not disk.appends
+    await append(rows(3))
+    await asyncio.gather(*calls)
+    assert disk.appends == [[0, 1, 2, 3]]
+
+
+async def test_rows_wait_no_longer_than_the_patience_lasts() -> None:
+    disk = Disk()
+    disk.gate.set()
+    async with asyncio.timeout(1000 * PATIENCE_SECONDS):
+        await SharedAppend(disk.append, lambda: 1000)(rows(0))
+    assert disk.durable == [0]
+
+
+async def test_among_few_calls_rows_wait_for_nothing() -> None:
+    disk = Disk()
+    disk.gate.set()
+    append = SharedAppend(disk.append, lambda: MANY_CALLS - 1)
+    first = asyncio.create_task(append(rows(0)))
+    await turns()
+    assert first.done() and disk.durable == [0]

@@ -16,6 +16,7 @@ from urllib.parse import quote, unquote
 
 from lightning_ray.capture.address import Address, Caller, identify, key_of
 from lightning_ray.capture.answer import Answer, Append, Message, Send
+from lightning_ray.capture.append import SharedAppend
 from lightning_ray.capture.audience import POLICY
 from lightning_ray.capture.call import CapturedRequest, current_request
 from lightning_ray.capture.dialects import DIALECTS, Dialect
@@ -65,11 +66,13 @@ class CaptureEdge:
     def __init__(self, app: ASGIApp, secret: bytes, append: Append, backend: Backend, limits: Limits | None = None):
         self.app = app
         self.secret = secret
-        self.append = append
+        self.append = SharedAppend(append, lambda: self._calls)
         self.backend = backend
         self.limits = limits or Limits()
         self._sent = SentCalls()
         self._at_once: Counter[tuple[str, str]] = Counter()
+        self._calls = 0
+        """At once, of all attempts."""
         self._images: OrderedDict[tuple[tuple[str, str], str], None] = OrderedDict()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -138,9 +141,11 @@ class CaptureEdge:
         answer = Answer(request, dialect, self.append, send, self.backend.version)
         answer.add(self._image_rows(request, images) + request.superseding(superseded))
         self._at_once[request.attempt] += 1
+        self._calls += 1
         try:
             await self._answer(request, sent, answer, scope, replay(raw, receive))
         finally:
+            self._calls -= 1
             self._at_once[request.attempt] -= 1
             if not self._at_once[request.attempt]:
                 del self._at_once[request.attempt]
