@@ -14,7 +14,7 @@ import os
 import time
 import uuid
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +26,14 @@ from lightning_ray.capture.conversations import Attempt, Conversations
 from lightning_ray.capture.edge import Backend, CaptureEdge, Limits
 from lightning_ray.capture.engine import CapturedEngine
 from lightning_ray.config import EngineSettings
+from lightning_ray.metrics.replica import ReplicaMetrics
 from lightning_ray.policy.adapter_serving import AdapterRequests, with_adapter
 from lightning_ray.policy.engine_arguments import engine_arguments
 from lightning_ray.policy.engine_load import EngineLoad
 from lightning_ray.policy.loaded import Loaded
 from lightning_ray.policy.phases import Phases
 from lightning_ray.policy.proof import CANARY, max_difference
+from lightning_ray.run_state import ONLY
 from lightning_ray.store.schema import spans_to_batch
 
 if TYPE_CHECKING:
@@ -56,6 +58,7 @@ class Policy:
         secret: bytes,
         loaded: Loaded | None = None,
         audience: str = POLICY,
+        tags: Mapping[str, str] | None = None,
     ):
         self.settings = settings
         self.model = model
@@ -71,6 +74,9 @@ class Policy:
         self.loaded = loaded
         self.loaded_diff: float | None = None
         self.load = EngineLoad()
+        tags = {"run": "", "policy": ONLY} if tags is None else tags
+        self.metrics = ReplicaMetrics(tags, self.replica_id, lambda: {**self.describe(), **self.load.as_dict()})
+        self._reporting: asyncio.Task[None] | None = None
         self.engine: Any = None
         self.capture: CapturedEngine | None = None
         self.adapter: AdapterRequests
@@ -106,6 +112,7 @@ class Policy:
             await self._vouch(self.loaded)
         limits = Limits(settings.max_body_mb * 2**20, settings.max_calls_per_attempt)
         backend = Backend(self._ready, lambda: self.describe()["version"], self.status, self.audience, self.model_name)
+        self._reporting = asyncio.create_task(self.metrics.report())
         gc.freeze()  # what was imported and loaded is here to stay, and not to be gone through again and again
         return CaptureEdge(app, self.secret, self._append, backend, limits)
 
@@ -129,6 +136,7 @@ class Policy:
         return engine_on_a_thread()
 
     async def _append(self, rows: list[dict[str, Any]]) -> None:
+        self.metrics.note(rows)
         await self.store.append_spans(spans_to_batch(rows), synced=False)
 
     async def _said(self, attempt: Attempt) -> Sequence[Sequence[int]]:
