@@ -8,6 +8,7 @@ import runpy
 import sys
 from pathlib import Path
 
+from lightning_ray.dashboards_command import add_dashboards_command, dashboards
 from lightning_ray.doctor_command import add_doctor_command, doctor
 from lightning_ray.errors import ConfigError, LightningRayError
 from lightning_ray.eval_command import add_eval_command, evaluate_command
@@ -17,6 +18,8 @@ from lightning_ray.replay_command import add_replay_command, replay
 from lightning_ray.spans_command import add_spans_command, spans
 
 INTERRUPTED = 130
+READING = {"spans": spans, "doctor": doctor, "replay": replay, "export": export_command, "dashboards": dashboards}
+"""Commands that start no run."""
 
 
 def entry() -> None:
@@ -36,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit code. Errors of ours are one message on stderr, without a traceback."""
     own, script = split(sys.argv[1:] if arguments is None else arguments)
     given = parser().parse_args(own)
-    reading = {"spans": spans, "doctor": doctor, "replay": replay, "export": export_command}.get(given.command)
+    reading = READING.get(given.command)
     try:
         if reading is not None:
             return reading(given)
@@ -79,6 +82,7 @@ def parser() -> argparse.ArgumentParser:
     add_doctor_command(commands)
     add_replay_command(commands)
     add_export_command(commands)
+    add_dashboards_command(commands)
     return top
 
 
