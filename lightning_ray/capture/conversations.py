@@ -65,13 +65,10 @@ class Said:
     """What was said in one attempt."""
 
     conversations: list[Conversation] = field(default_factory=list)
+    tokens: int = 0
+    """How many are held."""
     loaded: bool = False
     """Whether the span store was asked."""
-
-    @property
-    def tokens(self) -> int:
-        """How many are held."""
-        return sum(len(conversation.ids) for conversation in self.conversations)
 
     def add(self, ids: np.ndarray) -> None:
         """Note a call's ids: a conversation that they continue grows by them."""
@@ -88,8 +85,10 @@ class Said:
             if shared == len(known.ids) and (continued is None or shared > len(continued.ids)):
                 continued = known
         if continued is None:
+            self.tokens += len(ids)
             self.conversations.append(Conversation(ids, [len(ids)]))
         else:
+            self.tokens += len(ids) - len(continued.ids)
             continued.ids = ids
             continued.ends.append(len(ids))
 
