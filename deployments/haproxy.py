@@ -23,12 +23,16 @@ BUFFERED = "option http-buffer-request"
 """Without it, only one whose headers and body came in one piece could be."""
 
 _WRAPPER = """#!/bin/sh
-# HAProxy with its own metrics and statistics on loopback.
+# HAProxy with its own metrics and statistics on loopback. When the actor that keeps it dies, it answers what it has
+# begun and ends: it would else go on beside its successor, with a list of replicas that nobody keeps any more.
 for argument in "$@"; do
     case "$argument" in *.cfg) sed -i 's/bind \\*:/bind 127.0.0.1:/; s/bind :/bind 127.0.0.1:/' "$argument" ;; esac
 done
+command -v setpriv > /dev/null && exec setpriv --pdeathsig USR1 {binary} "$@"
 exec {binary} "$@"
 """
+PROXY_CHECK_SECONDS = 1
+"""Between two looks at whether HAProxy is alive; after three without success it is started anew."""
 
 
 def haproxy_environment(folder: Path) -> dict[str, str]:
@@ -55,4 +59,5 @@ def haproxy_environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
         "RAY_SERVE_HAPROXY_RETRIES": "1",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": str(PROXY_CHECK_SECONDS),
     }
