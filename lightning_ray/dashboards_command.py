@@ -96,16 +96,16 @@ def metrics_root(session: Path | None, temp_dir: Path | None) -> Path:
         session = temp_dir / "session_latest"
     if session is None:
         raise ConfigError(
-            "say which Ray is meant: give its session's folder (by default /tmp/ray/session_TIME_PID), or --temp-dir DIR "
-            "for the latest session in there; or write both files anywhere with --to DIR"
+            "say which Ray is meant: give its session's folder (by default /tmp/ray/session_TIME_PID), or for the "
+            "latest session of a folder --temp-dir DIR; or write both files anywhere with --to DIR"
         )
     session = session.resolve()
     for root in (session / "metrics", session):
         if (root / "prometheus" / "prometheus.yml").is_file() and (root / "grafana").is_dir():
             return root
     raise ConfigError(
-        f"{session}: no folder metrics with grafana and prometheus in it. Ray's dashboard makes them when a head starts; "
-        "give that session's folder, or, if RAY_METRICS_OUTPUT_ROOT was set, the folder it names"
+        f"{session}: no folder metrics with grafana and prometheus in it. Ray's dashboard makes them when a head "
+        "starts; give that session's folder, or, if RAY_METRICS_OUTPUT_ROOT was set, the folder it names"
     )
 
 
