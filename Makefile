@@ -1,9 +1,11 @@
 # make train            sets everything up and runs the main job on this machine's CPU
 # make test             sets everything up and runs all checks and tests
 # make test-frameworks  makes an environment for each agent framework, and tests it against the real policy
+# make setup KIND=gpu   sets up a node of a cluster: gpu, or runner for one that only plays agents
 # make lock             resolves the pinned environments anew (requirements/cpu.txt, and from it gpu.txt and runner.txt)
 
 PYTHON ?= python3
+KIND ?= cpu
 VENV := .venv
 READY := $(VENV)/.ready
 
@@ -32,10 +34,10 @@ setup: $(READY)
 
 # The lock lists every package, so that nothing is resolved here: --no-deps also keeps out torchvision, torchaudio and
 # torchcodec, which the engine's package asks for, text policies do not need, and whose wheels do not fit the CPU build of torch.
-$(READY): pyproject.toml requirements/cpu.txt
+$(READY): pyproject.toml requirements/$(KIND).txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lightning-ray needs Python 3.11 or newer; set PYTHON=")'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/cpu.txt
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/$(KIND).txt
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $(READY)
 
@@ -61,8 +63,9 @@ lock:
 	.lock/bin/python -m pip freeze --all | grep -v -E '^(pip|torchvision|torchaudio|torchcodec|lightning-ray)\b|^-e' | sed 's/+cpu$$//' > requirements/cpu.txt
 	.lock/bin/python -m pip install --quiet uv
 	grep -v -E '$(OF_CPU)' requirements/cpu.txt > .lock/shared.txt
+	grep '^setuptools=' requirements/cpu.txt > .lock/build.txt
 	for extra in gpu runner; do \
-		{ grep '^#' requirements/$$extra.txt; .lock/bin/$(RESOLVE) --extra $$extra pyproject.toml; } > .lock/$$extra.txt && \
+		{ grep '^#' requirements/$$extra.txt; .lock/bin/$(RESOLVE) --extra $$extra pyproject.toml .lock/build.txt; } > .lock/$$extra.txt && \
 		mv .lock/$$extra.txt requirements/$$extra.txt || exit 1; \
 	done
 	rm -rf .lock
