@@ -72,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument("path", type=Path, help="a Python file that calls Trainer.fit, or a folder with a train.py")
     command.add_argument("--name", help="the run's name: its folder is runs/NAME")
-    command.add_argument("--runs-dir", type=Path, help="where the run's folder is made (default: runs)")
+    command.add_argument("--runs-dir", help="where the run's folder is made: a folder or a URL (default: runs)")
     command.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
     command.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, e.g. algorithm.steps=5"

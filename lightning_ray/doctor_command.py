@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_ray.doctor_steps import show_steps
 from lightning_ray.errors import ConfigError
-from lightning_ray.spans_command import store_folder
+from lightning_ray.spans_command import add_folder_argument, store_folder
 
 if TYPE_CHECKING:
     from lightning_ray.run_folder import RunFolder
@@ -38,9 +38,7 @@ def add_doctor_command(commands: Any) -> None:
         help="explain why rollouts gave no training data",
         description="Tell what became of every rollout of a run: trained on, or why not, and what to do about it.",
     )
-    command.add_argument(
-        "folder", nargs="?", type=Path, help="a run's folder, or its store's (default: the run last written in runs/)"
-    )
+    add_folder_argument(command, nargs="?")
     command.add_argument("--rollout", metavar="ID", help="all that is known of one rollout")
     command.add_argument("--step", type=int, metavar="N", help="only the rollouts of one training step, from 0")
     command.add_argument("--policy", metavar="NAME", help="of several policies (default: the first that is trained)")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_ray.config import build
 from lightning_ray.errors import ConfigError
 from lightning_ray.launch import Launch, parse_setting
+from lightning_ray.mirror import is_url
 from lightning_ray.relay.settings import Upstream
 from lightning_ray.replay_command import stdout_on_stderr
 
@@ -44,7 +45,7 @@ def add_eval_command(commands: Any) -> None:
         "path", type=Path, help="a training script or its folder; or, with --against, the folder of an evaluation"
     )
     subject = command.add_mutually_exclusive_group()
-    subject.add_argument("--run", help="a run: its folder, or its name in runs/")
+    subject.add_argument("--run", help="a run: its folder or URL, or its name in runs/")
     subject.add_argument("--model", metavar="FOLDER", help="a checkpoint, or any Hugging Face model folder")
     subject.add_argument("--endpoint", metavar="URL", help="an OpenAI- or Anthropic-compatible endpoint")
     command.add_argument("--checkpoint", metavar="WHICH", help="of the run: latest (default), best, initial, or a step")
@@ -60,7 +61,7 @@ def add_eval_command(commands: Any) -> None:
     command.add_argument("--samples", type=int, default=1, metavar="N", help="rollouts of each task (default: 1)")
     command.add_argument("--sampling", choices=("greedy", "sampled", "agent"), help="how the model answers")
     command.add_argument("--name", help="of the evaluation: its folder is runs/NAME")
-    command.add_argument("--runs-dir", type=Path, help="where the folder is made (default: as the script says)")
+    command.add_argument("--runs-dir", help="where the folder is made, or a URL (default: as the script says)")
     command.add_argument(
         "--set",
         action="append",
@@ -129,12 +130,14 @@ def subject(given: argparse.Namespace, endpoint: dict[str, Any]) -> Of:
     return None if given.model is None else str(given.model)
 
 
-def named(text: str, runs_dir: Path | None) -> str:
-    """A folder as it is, or one of that name among the runs."""
+def named(text: str, runs_dir: str | None) -> str:
+    """A folder or URL as it is, or one of that name among the runs."""
     name, at, which = text.partition("@")
-    if not Path(text).is_dir() and not Path(name).is_dir() and ((runs_dir or Path("runs")) / name).is_dir():
-        return f"{(runs_dir or Path('runs')) / name}{at}{which}"
-    return text
+    if is_url(text) or Path(text).is_dir() or Path(name).is_dir():
+        return text
+    if is_url(among := runs_dir or "runs"):
+        return f"{among.rstrip('/')}/{text}"
+    return f"{Path(among) / name}{at}{which}" if (Path(among) / name).is_dir() else text
 
 
 def tell(given: argparse.Namespace, reports: list[EvaluationReport]) -> int:

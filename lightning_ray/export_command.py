@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_ray.errors import ConfigError
+from lightning_ray.spans_command import add_folder_argument, store_folder
 
 
 def add_export_command(commands: Any) -> None:
@@ -22,7 +23,7 @@ def add_export_command(commands: Any) -> None:
         help="write a run's good rollouts as conversations",
         description="Write the training rollouts of a run as conversations, one a line (JSONL).",
     )
-    command.add_argument("folder", type=Path, help="a run's folder, or its store's")
+    add_folder_argument(command)
     command.add_argument("output", type=Path, metavar="OUT.jsonl", help="the file to write")
     command.add_argument(
         "--format",
@@ -44,7 +45,6 @@ def export_command(given: argparse.Namespace) -> int:
     from lightning_ray.doctor_command import load_decode, read_facts
     from lightning_ray.export import export
     from lightning_ray.recorded import open_run
-    from lightning_ray.spans_command import store_folder
     from lightning_ray.trajectories.settings import Keep
 
     if given.tokens and given.format != "huggingface":

@@ -35,7 +35,8 @@ class Launch:
     """What the command line asked for. ``settings`` maps dotted keys (``algorithm.steps``) to values."""
 
     name: str | None = None
-    runs_dir: Path | None = None
+    runs_dir: str | Path | None = None
+    """A folder, or a URL as ``s3://bucket/runs``."""
     resume: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
     evaluation: EvaluationRequest | None = None

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_ray.errors import ConfigError
-from lightning_ray.spans_command import store_folder
+from lightning_ray.spans_command import add_folder_argument, store_folder
 
 if TYPE_CHECKING:
     from lightning_ray.replay.trial import Result
@@ -32,7 +32,7 @@ def add_replay_command(commands: Any) -> None:
         description="Train one step of a run again from its store, without engine and Ray: the same figures with the "
         "same settings (exit code 1 if not), a comparison with others.",
     )
-    command.add_argument("folder", nargs="?", type=Path, help="a run's folder (default: the run last written in runs/)")
+    add_folder_argument(command, nargs="?")
     command.add_argument("--step", type=int, required=True, metavar="N", help="the step, from 0")
     command.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="another setting, e.g. algorithm.loss=cispo"
@@ -48,7 +48,7 @@ def replay(given: argparse.Namespace) -> int:
     """Run the command. Raises ConfigError and StoreError for what the user can mend."""
     from lightning_ray.replay.trial import Request, try_again
 
-    store = store_folder(given.folder)
+    store = store_folder(given.folder, weights=True)
     run = store.parent if store.name == "store" else store
     if given.tolerance is not None and given.tolerance < 0:
         raise ConfigError(f"--tolerance {given.tolerance:g}: give a number of at least 0")

@@ -27,6 +27,7 @@ from lightning_ray.evaluation import Evaluation
 from lightning_ray.hooks import Hook
 from lightning_ray.machine import tree_memory
 from lightning_ray.metrics.watch import RunWatch, Watched
+from lightning_ray.mirror.mirror import Mirror
 from lightning_ray.policy.loaded import loaded_from
 from lightning_ray.policy_rows import by_policy
 from lightning_ray.progress import Reporter
@@ -64,6 +65,8 @@ class Run:
         self.reporter = reporter
         self.trackers = Trackers(folder.path, reporter.note, trackers)
         self.cluster = cluster
+        self.mirror: Mirror | None = None
+        """Of a run at a URL."""
         self.agent = agent
         self.datasets = datasets
         self.train_dataset = datasets["train"]
@@ -103,6 +106,7 @@ class Run:
             self.state.check_policies(trained)
             self.folder.truncate_metrics(self.state.step)
         models = await initial_models({**trained, **frozen}, self.folder, self._resume, self.reporter)
+        await self._mirrored("the model")  # from where other nodes get it
         self.policies = {
             name: TrainedPolicy(self.cluster, own, self.state.policy(name), self.reporter.note, name)
             for name, own in trained.items()
@@ -257,6 +261,8 @@ class Run:
         self._agents.clear()
         self.trackers.log(row)
         self.reporter.step(row, self._evaluations.last)
+        if self.mirror is not None:
+            self.mirror.tell()
 
     async def validate(self) -> Evaluation | None:
         """Greedy pass over val_dataset; its figures, None without one."""
@@ -265,12 +271,16 @@ class Run:
     # Keeping and ending
 
     async def checkpoint(self) -> None:
-        """Save model, optimizer and run state, atomically."""
+        """Save model, optimizer and run state, atomically. Of a run at a URL the last one is there by then."""
+        if self.mirror is not None:
+            await self.mirror.settled("the last checkpoint")
         writing = self.folder.begin_checkpoint(self.state.step)
         for policy in self.policies.values():
             await policy.save(writing)
         self.state.seconds = self.elapsed()
         self.folder.commit_checkpoint(writing, self.state.step, asdict(self.state))
+        if self.mirror is not None:
+            self.mirror.ask()
 
     async def finish(self) -> None:
         """Evaluate after the last step, write the summary, show the table."""
@@ -300,6 +310,15 @@ class Run:
             await in_thread(self.folder.plot_interrupted)
         except Exception as error:  # what ended the run matters more
             self.reporter.note(f"reward.png and training.png could not be drawn: {error}")
+        if self.mirror is not None:
+            with self.reporter.stage(f"the rest to {self.mirror.url}"):
+                await self.mirror.finish()
+
+    async def _mirrored(self, what: str) -> None:
+        """Wait until what is in the folder is at the run's URL, if it has one."""
+        if self.mirror is not None:
+            self.mirror.ask()
+            await self.mirror.settled(what)
 
     def elapsed(self) -> float:
         """Seconds of the run so far, those before a resume included."""

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from lightning_ray.errors import ConfigError
+from lightning_ray.mirror import is_url, place_of
+from lightning_ray.mirror.pull import but_weights, everything, fetched
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -31,9 +33,7 @@ def add_spans_command(commands: Any) -> None:
         description="Ask a run's spans, rollouts, attempts, workers and resources by SQL (DuckDB's, read-only).",
     )
     command.add_argument("sql", nargs="?", help="one SELECT; - reads it from stdin")
-    command.add_argument(
-        "folder", nargs="?", type=Path, help="a run's folder, or its store's (default: the run last written in runs/)"
-    )
+    add_folder_argument(command, nargs="?")
     command.add_argument("--tables", action="store_true", help="tell what tables and columns there are")
     command.add_argument("--format", choices=FORMATS, help="json is a line each (default: table, or as FILE ends)")
     command.add_argument("--output", type=Path, metavar="FILE", help="write the answer there")
@@ -82,9 +82,27 @@ def spans(given: argparse.Namespace) -> int:
     return 0
 
 
-def store_folder(folder: Path | None, runs: Path = Path("runs")) -> Path:
-    """The store that is meant: of the folder, or of the run under ``runs`` that was last written to."""
+def add_folder_argument(command: Any, **options: Any) -> None:
+    """Declare the argument for ``store_folder``."""
+    told = "a run's folder or URL, or its store's folder"
+    told += " (default: the run last written in runs/)" if options.get("nargs") == "?" else ""
+    command.add_argument("folder", type=_folder, help=told, **options)
+
+
+def _folder(text: str) -> Path:
+    """A path; of a URL its local place."""
+    try:
+        return place_of(text) if is_url(text) else Path(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def store_folder(folder: Path | None, runs: Path = Path("runs"), weights: bool = False) -> Path:
+    """The store that is meant: of the folder, or of the run under ``runs`` that was last written to. A run at a URL is
+    brought here, with its weights or without.
+    """
     if folder is not None:
+        folder = fetched(folder, everything if weights else but_weights)
         if not folder.is_dir():
             raise ConfigError(f"{folder}: no such folder; give a run's folder, or its store's")
         return folder / "store" if (folder / "store").is_dir() else folder

@@ -240,6 +240,8 @@ class Trainer:
         from lightning_ray.algorithms.over_store import attach
         from lightning_ray.cluster import Cluster
         from lightning_ray.dev import check_resources
+        from lightning_ray.mirror.mirror import Mirror
+        from lightning_ray.mirror.taking_up import take_up
         from lightning_ray.progress import Reporter
         from lightning_ray.run import Run
         from lightning_ray.run_folder import RunFolder, write_json
@@ -251,10 +253,10 @@ class Trainer:
             raise ConfigError(f"store={self.store!r}: a run keeps its rollouts in a store of its own; give it to dev()")
         if isinstance(self.algorithm, Baseline) and not self.relays:
             check_resources(agent, self)
-        folder = RunFolder(self.folder)
+        folder, reporter = RunFolder(self.folder), Reporter()
         run = Run(
             folder,
-            Reporter(),
+            reporter,
             Cluster(self.address, relays=self.algorithm.relays(self.relays), run=folder.path.name),
             agent,
             datasets,
@@ -267,12 +269,18 @@ class Trainer:
         attach(self.algorithm, self)
         check_installed(self.trackers)
         self.algorithm.check(run)
-        folder.create(self.resume)
-        write_json(folder.path / "config.json", self.resolved())
+        claim = await asyncio.to_thread(take_up, folder, self.resume, reporter.note)
         try:
-            await self.algorithm.learn(run)
+            write_json(folder.path / "config.json", self.resolved())
+            run.mirror = Mirror.of(folder.path, claim, reporter.note)
+            try:
+                await self.algorithm.learn(run)
+            finally:
+                await asyncio.shield(run.close())
         finally:
-            await asyncio.shield(run.close())
+            claim.release()
+        if run.mirror is not None:
+            run.mirror.verify()
         import json
 
         summary: dict[str, Any] = json.loads((folder.path / "summary.json").read_text())

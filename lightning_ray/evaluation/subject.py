@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import SecretStr
 
 from lightning_ray.errors import ConfigError
+from lightning_ray.mirror import is_url, place_of
+from lightning_ray.mirror.pull import everything, fetched
 from lightning_ray.policy.model_folder import ADAPTER_CONFIG, check_model_folder
 from lightning_ray.relay.settings import Upstream
 from lightning_ray.run_folder import RunFolder
@@ -75,7 +77,7 @@ def subject_of(of: Of, trainer: Trainer) -> Subject:
         return endpoint(of)
     if of is not None:
         return _folder(str(of))
-    if RunFolder(trainer.folder).latest_checkpoint() is not None:
+    if RunFolder(fetched(trainer.folder, everything, needed=False)).latest_checkpoint() is not None:
         return checkpoint(trainer.folder, LATEST)
     if models := initial_models(trainer):
         return Subject("the initial model" if ONLY in models else "the initial models", models)
@@ -112,6 +114,9 @@ def endpoint(upstream: Upstream) -> Subject:
 
 
 def _folder(text: str) -> Subject:
+    if is_url(text):
+        url, at, which = text.rpartition("@") if "/" not in text.rpartition("@")[2] else (text, "", "")
+        text = f"{fetched(place_of(url), everything)}{at}{which}"
     name, at, which = text.rpartition("@") if not Path(text).is_dir() else (text, "", "")
     folder = Path(name if at else text)
     if (folder / "checkpoints").is_dir():

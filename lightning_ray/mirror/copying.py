@@ -1,0 +1,121 @@
+"""A run's folder copied to its URL: a round after the other, each sends what changed since the one before.
+
+    figures are read  ->  store  ->  checkpoint, whole  ->  figures are sent  ->  ``latest``  ->  old checkpoints go
+
+At whatever moment it breaks off, what is at the URL can be resumed: ``latest`` names a checkpoint that is whole, and
+the store has every rollout that the checkpoint and the figures tell of.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from lightning_ray.mirror.claim import RECORD
+from lightning_ray.mirror.place import url_of
+from lightning_ray.mirror.remote import RemoteFolder
+from lightning_ray.mirror.sent import Content, Sent
+from lightning_ray.mirror.stores import copy_store, sealed_by, store_folders
+from lightning_ray.run_folder import KEPT_CHECKPOINTS, RunFolder
+from lightning_ray.store.manifest import manifest_path
+
+LATEST = "checkpoints/latest"
+NOT_FIGURES = ("store", "checkpoints", "model", "models")
+LARGE = 2**25
+"""Bytes of a file that is not held in memory over a round."""
+
+
+class RunCopy:
+    """The copy of one run, made by one thread."""
+
+    def __init__(self, path: Path) -> None:
+        url = url_of(path)
+        assert url is not None
+        self.remote = RemoteFolder(url)
+        self._folder = RunFolder(path)
+        self._sent = Sent(path, self.remote)
+        self._known = False
+
+    def round(self) -> None:
+        """Send what changed. Raises whatever the storage raises; the next round goes on where this one stopped."""
+        if not self._known:
+            self._recognise()
+        folder, sent = self._folder, self._sent
+        pointer = folder.checkpoints / "latest"
+        latest = sent.changed(pointer) if pointer.is_file() else None
+        held, large = self._changed_figures()
+        for file in self._models():
+            sent.put(file)
+        if folder.store.is_dir():
+            copy_store(folder.store, sent)
+        if latest is not None:
+            for file in files_below(folder.checkpoints / latest.data.decode()):
+                sent.put(file)
+        for content in held:
+            sent.write(content)
+        for file in large:
+            sent.put(file)
+        if latest is not None:
+            sent.write(latest)
+            self._drop_old_checkpoints()
+
+    def missing(self) -> list[str]:
+        """The files whose present content is not there."""
+        files = [*self._figures(), *self._models()]
+        latest = self._folder.latest_checkpoint()
+        if latest is not None:
+            files += [*files_below(latest), self._folder.checkpoints / "latest"]
+        if self._folder.store.is_dir():
+            files += [file for file in files_below(self._folder.store) if file.name != "lock"]
+        return [file.relative_to(self._folder.path).as_posix() for file in files if not self._sent.has(file)]
+
+    def _recognise(self) -> None:
+        """What is there of a run that is resumed, and never changes."""
+        found = self.remote.files()
+        files = list(self._models())
+        for folder in store_folders(self._folder.store):
+            name = manifest_path(folder).relative_to(self._folder.path).as_posix()
+            if name in found and (manifest := self.remote.read(name)) is not None:
+                files += sealed_by(folder, manifest)
+        if (latest := self._folder.latest_checkpoint()) is not None and self.remote.read(
+            LATEST
+        ) == latest.name.encode():
+            files += files_below(latest)
+        self._sent.recognise(found, files)
+        self._known = True
+
+    def _changed_figures(self) -> tuple[list[Content], list[Path]]:
+        """What small ones hold now, and which are large."""
+        held, large = list[Content](), list[Path]()
+        for file in self._figures():
+            with suppress(FileNotFoundError):  # a tracker's own, and gone
+                if file.stat().st_size > LARGE:
+                    large.append(file)
+                elif (content := self._sent.changed(file)) is not None:
+                    held.append(content)
+        return held, large
+
+    def _figures(self) -> Iterator[Path]:
+        """All files but those of the store, checkpoints and models, and drafts."""
+        for file in files_below(self._folder.path):
+            own = file.relative_to(self._folder.path)
+            hidden = own.name.startswith(".") and not own.name.endswith("-id")
+            if own.parts[0] not in NOT_FIGURES and not hidden and own.name != RECORD:
+                yield file
+
+    def _models(self) -> Iterator[Path]:
+        for name in ("model", "models"):
+            yield from files_below(self._folder.path / name)
+
+    def _drop_old_checkpoints(self) -> None:
+        there = self.remote.files("checkpoints")
+        step_of = {name: name.split("/")[1] for name in there if name.startswith("checkpoints/step-")}
+        old = sorted(set(step_of.values()))[:-KEPT_CHECKPOINTS]
+        self.remote.remove([name for name, step in step_of.items() if step in old])
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All files of a folder, behind links too."""
+    return sorted(Path(at) / name for at, _, names in os.walk(folder, followlinks=True) for name in names)
