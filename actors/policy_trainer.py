@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -19,6 +19,8 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from actors.names import shown_name
+from lightning_ray.deaths import Death, Process, death_of, here
+from lightning_ray.deaths.process import Whereabouts
 from lightning_ray.errors import InfrastructureError, LightningRayError, TrainersLostError
 from lightning_ray.net import free_port
 from lightning_ray.policy.settings import UpdateSettings
@@ -52,6 +54,10 @@ class PolicyTrainer:
         """Where ranks can meet: this node's address and a port that is free now."""
         host = ray.util.get_node_ip_address()
         return host, free_port(host)
+
+    def whereabouts(self) -> Whereabouts:
+        """This process, for who is to tell of its death."""
+        return here()
 
     def start(self, master_address: str, master_port: int) -> None:
         """Import verl, join the other ranks and load the model: seconds to minutes."""
@@ -116,14 +122,21 @@ class PolicyTrainer:
 
 
 class PolicyTrainerGroup:
-    """All ranks of the policy under training."""
+    """All ranks of the policy under training. ``tell`` hears of a rank's death, which an error tells too."""
 
-    def __init__(self, ranks: list[Any]) -> None:
+    def __init__(self, ranks: list[Any], tell: Callable[[Death], None] | None = None) -> None:
         self.ranks = ranks
+        self._tell = tell
+        self._processes = [Process("trainer rank", str(rank)) for rank in range(len(ranks))]
 
     @classmethod
     async def start(
-        cls, settings: UpdateSettings, ranks: int, timeout: float = 300.0, called: str | None = None
+        cls,
+        settings: UpdateSettings,
+        ranks: int,
+        timeout: float = 300.0,
+        called: str | None = None,
+        tell: Callable[[Death], None] | None = None,
     ) -> PolicyTrainerGroup:
         """Start ``ranks`` actors and load the model, within ``timeout`` seconds altogether. Their names in Ray are
         ``{called}-0`` and so on.
@@ -133,16 +146,19 @@ class PolicyTrainerGroup:
         """
         # One thread a rank: ranks on one machine would otherwise fight for its cores.
         env = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-        actor = ray.remote(PolicyTrainer).options(
-            num_cpus=1,
-            num_gpus=settings.gpu_share if settings.device == "cuda" else 0,
-            runtime_env={"env_vars": env},
-        )
+        options: dict[str, Any] = {
+            "num_cpus": 1,
+            "num_gpus": settings.gpu_share if settings.device == "cuda" else 0,
+            "runtime_env": {"env_vars": env},
+        }
         names = [None if called is None else f"{called}-{rank}" for rank in range(ranks)]
-        group = cls([actor.options(name=name).remote(settings, rank, ranks) for rank, name in enumerate(names)])
+        actors = [ray.remote(PolicyTrainer).options(name=name, **options) for name in names]
+        group = cls([actor.remote(settings, rank, ranks) for rank, actor in enumerate(actors)], tell)
         deadline = time.monotonic() + timeout
         try:
             host, port = (await group.call("address", timeout=timeout))[0]
+            places = await group.call("whereabouts", timeout=deadline - time.monotonic())
+            group._processes = [Process.at("trainer rank", str(rank), where) for rank, where in enumerate(places)]
             await group.call("start", host, port, timeout=deadline - time.monotonic())
         except BaseException:
             group.stop()
@@ -186,7 +202,7 @@ class PolicyTrainerGroup:
         if any(task.exception() for task in done):
             if waiting:
                 done |= (await asyncio.wait(waiting, timeout=SETTLE_SECONDS))[0]
-            raise _worst({pending[task]: task.exception() for task in done}, method)
+            raise await self._worst({pending[task]: task.exception() for task in done}, method)
         if waiting:
             silent = sorted(pending[task] for task in waiting)
             raise TrainersLostError(
@@ -195,6 +211,27 @@ class PolicyTrainerGroup:
                 "else resume from the last checkpoint"
             )
         return [task.result() for task in pending]
+
+    async def _worst(self, failures: dict[int, BaseException | None], method: str) -> Exception:
+        """What to raise for the failures of ranks: a death first, then what a rank says of itself."""
+        errors = {rank: error for rank, error in sorted(failures.items()) if error is not None}
+        for rank, error in errors.items():
+            if isinstance(error, RayActorError):
+                return TrainersLostError(str(await self._death(rank, error, method)))
+        for error in errors.values():
+            cause = error.cause if isinstance(error, RayTaskError) else error
+            if isinstance(cause, LightningRayError | ValueError):
+                return cause
+        rank, error = next(iter(errors.items()))
+        failure = InfrastructureError(f"trainer rank {rank} failed in {method!r}: {_last_line(error)}")
+        failure.__cause__ = error
+        return failure
+
+    async def _death(self, rank: int, error: RayActorError, method: str) -> Death:
+        death = await asyncio.to_thread(death_of, self._processes[rank], error, None, method)
+        if self._tell is not None:
+            self._tell(death)
+        return death
 
     def stop(self) -> None:
         """End all ranks at once; what they have not saved is lost."""
@@ -213,25 +250,6 @@ def _ignore(task: asyncio.Future[Any]) -> None:
         task.exception()
 
 
-def _worst(failures: dict[int, BaseException | None], method: str) -> Exception:
-    """What to raise for the failures of ranks: a death first, then what a rank says of itself."""
-    errors = {rank: error for rank, error in sorted(failures.items()) if error is not None}
-    for rank, error in errors.items():
-        if isinstance(error, RayActorError):
-            return TrainersLostError(
-                f"trainer rank {rank} died during {method!r}; resume from the last checkpoint. {_first_lines(error)}"
-            )
-    for error in errors.values():
-        cause = error.cause if isinstance(error, RayTaskError) else error
-        if isinstance(cause, LightningRayError | ValueError):
-            return cause
-    rank, error = next(iter(errors.items()))
-    failure = InfrastructureError(f"trainer rank {rank} failed in {method!r}: {_first_lines(error)}")
-    failure.__cause__ = error
-    return failure
-
-
-def _first_lines(error: BaseException) -> str:
+def _last_line(error: BaseException) -> str:
     """The message without the stack of the other process, at most 500 characters."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (" ".join(lines) if isinstance(error, RayActorError) else lines[-1])[:500]
+    return [line.strip() for line in str(error).splitlines() if line.strip()][-1][:500]

@@ -9,15 +9,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import faulthandler
-import os
 import sys
-from typing import Any, TypedDict
+from typing import Any
 
 import ray
 
 from actors.names import shown_name
 from lightning_ray.agent import LitAgent
 from lightning_ray.config import RunnerSettings
+from lightning_ray.deaths.process import Whereabouts, here
 from lightning_ray.hooks import Hook
 from lightning_ray.runner import Runner
 from lightning_ray.running.calls import AgentCalls
@@ -25,15 +25,6 @@ from lightning_ray.running.travel import unpickled
 from lightning_ray.store.base import Store
 
 STOPPED = "stopped"
-
-
-class RunnerInfo(TypedDict):
-    """Where a runner is, for its pool."""
-
-    pid: int
-    node_id: str
-    log: str | None
-    """The file with what it writes on standard error, on its node."""
 
 
 @ray.remote(num_cpus=0.5, max_restarts=0, max_task_retries=0, concurrency_groups={"control": 8})
@@ -52,10 +43,9 @@ class RunnerActor:
         return shown_name(self)
 
     @ray.method(concurrency_group="control")
-    async def info(self) -> RunnerInfo:
+    async def info(self) -> Whereabouts:
         """Where it is."""
-        log = ray._private.worker.global_worker.get_err_file_path()
-        return {"pid": os.getpid(), "node_id": ray.get_runtime_context().get_node_id(), "log": log or None}
+        return here()
 
     async def run(
         self, pickled_agent: bytes, store: Store, secret: bytes, settings: RunnerSettings, hooks: list[Hook]

@@ -15,19 +15,20 @@ import logging
 import time
 import uuid
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.runner import STOPPED, RunnerActor, RunnerInfo
+from actors.runner import STOPPED, RunnerActor
 from lightning_ray.agent import LitAgent
 from lightning_ray.config import RunnerSettings
+from lightning_ray.deaths import Death, Process, death_of
+from lightning_ray.deaths.process import Whereabouts
 from lightning_ray.errors import InfrastructureError
 from lightning_ray.hooks import Hook
-from lightning_ray.running.deaths import death_reason
 from lightning_ray.running.sizing import Sizing, crowded_node
 from lightning_ray.running.travel import pickled
 from lightning_ray.store.base import Store
@@ -53,7 +54,7 @@ class Slot:
     life: int = 0
     worker_id: str = ""
     actor: Any = None
-    info: RunnerInfo | None = None
+    info: Whereabouts | None = None
     deaths: list[str] = field(default_factory=list)
     """Reasons of the last deaths in a row."""
     ended_at_first_death: int = 0
@@ -70,7 +71,7 @@ class Slot:
 class RunnerPool:
     """Runners of one agent on one store; ``name`` begins the names of its actors.
 
-    ``failure`` carries the error when runners die again and again, and nothing is ended.
+    ``failure`` carries the error when runners die again and again, and nothing is ended; ``tell`` hears of each death.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class RunnerPool:
         settings: RunnerSettings,
         hooks: Sequence[Hook] = (),
         failure: asyncio.Future[None] | None = None,
+        tell: Callable[[Death], None] | None = None,
     ):
         self._name = name
         self._store = store
@@ -97,6 +99,7 @@ class RunnerPool:
         self._stopping = False
         self.restarts = 0
         """How often a runner took the place of one that had died, or was stuck."""
+        self._tell = tell
         self.failure = failure or asyncio.get_running_loop().create_future()
 
     def start(self) -> None:
@@ -165,16 +168,19 @@ class RunnerPool:
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(slot.node_id, soft=True)
         actor = slot.actor = RunnerActor.options(**options).remote(slot.worker_id)  # type: ignore[attr-defined]
         running = actor.run.remote(*self._arguments)
-        reason, died = STOPPED, False
+        reason, died, process = STOPPED, False, Process("runner", slot.worker_id)
         try:
             slot.info = await actor.info.remote()
+            process = Process.at("runner", slot.worker_id, slot.info)
             await self._take_over(slot)
             reason = await running
         except asyncio.CancelledError:
             raise
         except Exception as error:
-            reason, died = await asyncio.to_thread(death_reason, error, slot.info), True
-            logger.warning("%s died: %s", slot.worker_id, reason)
+            death = await asyncio.to_thread(death_of, process, error)
+            reason, died = f"{death.cause} ({process.place})", True
+            if self._tell is not None and not self._stopping:
+                self._tell(death)
         await self._release(slot.worker_id, reason)
         slot.actor = None
         _kill(actor)

@@ -16,6 +16,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,10 @@ import psutil
 from lightning_ray.agent import LitAgent
 from lightning_ray.capture.audience import POLICY, one_of_several
 from lightning_ray.config import EngineSettings, RunnerSettings
+from lightning_ray.deaths import Death
+from lightning_ray.deaths.watch import DeathWatch
 from lightning_ray.errors import ConfigError, InfrastructureError
+from lightning_ray.events import Events
 from lightning_ray.hooks import Hook
 from lightning_ray.machine import end_processes, environment, short_temp
 from lightning_ray.net import free_port
@@ -93,6 +97,8 @@ class Cluster:
         self.runners: RunnerPool | None = None
         self.store: Store | None = None
         self._store_actors: list[Any] = []
+        self._applications: list[str] = []
+        """What in Serve is the run's, from when it is asked for."""
         self._deployed: dict[str, Any] = {}
         """Handles of the policies' deployments."""
         self._swap_timeouts: dict[str, float] = {}
@@ -101,9 +107,10 @@ class Cluster:
         """How often each policy's trainer ranks were started."""
         self._serving = asyncio.Lock()
         self._relays = dict(relays or {})
-        self._relay: Any = None
         self.failure: asyncio.Future[None] | None = None
-        """Carries why runners die again and again, if they do."""
+        """Carries why the run cannot go on: runners that die again and again, or Ray itself."""
+        self.events = Events()
+        self._deaths: DeathWatch | None = None
 
     def start_ray(self) -> None:
         """Start or join Ray. Raises ConfigError when a foreign ``actors`` package hides ours."""
@@ -127,6 +134,14 @@ class Cluster:
         with environment(self._front_door()):
             ray.init(self.address, **options)
         self.failure = asyncio.get_running_loop().create_future()
+        self._deaths = DeathWatch(self.events.death, lambda: self._applications, self._ray_died)
+        self._deaths.start()
+
+    def _ray_died(self, death: Death) -> None:
+        assert self.failure is not None
+        if not self.failure.done():
+            self.failure.set_exception(InfrastructureError(str(death)))
+            self.failure.exception()
 
     def _front_door(self) -> dict[str, str | None]:
         """What the processes of a Ray of our own need to know before they start, and what agents' processes must not
@@ -144,6 +159,9 @@ class Cluster:
         from actors.span_store import start_shards
 
         self._store_actors = start_shards(folder, f"{self.run}/store", shards, lease_seconds=LEASE_SECONDS)
+        assert self._deaths is not None
+        for shard, actor in enumerate(self._store_actors):
+            self._deaths.know(actor, "span store", f"shard {shard}" if shards > 1 else "")
         clients = [StoreClient(actor) for actor in self._store_actors]
         self.store = clients[0] if shards == 1 else ShardedStore(clients)
         return self.store
@@ -177,12 +195,15 @@ class Cluster:
         options = policy_options(settings)
         route = ("" if self.owned else f"/{self._name}") + ("" if name == ONLY else f"/policies/{name}")
         audience = POLICY if name == ONLY else one_of_several(name)
+        tags = {"run": self.run, "policy": name}
+        served = self._name if name == ONLY else f"{self._name}-{name}"
+        self._applications.append(served)
 
         def deploy() -> Any:
             application = Policy.options(**options).bind(  # type: ignore[attr-defined]
-                str(model), model_name, settings, self.store, self.secret, loaded, audience
+                str(model), model_name, settings, self.store, self.secret, loaded, audience, tags
             )
-            return serve.run(application, name=self._application(name), route_prefix=route or "/")
+            return serve.run(application, name=served, route_prefix=route or "/")
 
         await self._start_serve(settings)
         what = f"the deployment of {'the policy' if name == ONLY else name} at {serve_address()}{route}"
@@ -197,9 +218,6 @@ class Cluster:
             starting = in_thread(start_serve, settings.host, port)
             await within(starting, settings.startup_timeout_seconds, f"Ray Serve on port {port}")
 
-    def _application(self, name: str) -> str:
-        return self._name if name == ONLY else f"{self._name}-{name}"
-
     async def start_relay(self) -> dict[str, ProxyLLM]:
         """Serve the relay, beside the policy or alone; returns the endpoints that agents use, by name."""
         if not self._relays:
@@ -211,13 +229,15 @@ class Cluster:
         assert self.store is not None
         application = bind(self._relays, self.store, self.secret)
         route = "/relay" if self.owned else f"/{self._name}-relay"
+        served = f"{self._name}-relay"
+        self._applications.append(served)
 
         def deploy() -> Any:
-            return serve.run(application, name=f"{self._name}-relay", route_prefix=route)
+            return serve.run(application, name=served, route_prefix=route)
 
         if not self._deployed:
             await self._start_serve(EngineSettings())
-        self._relay = await within(in_thread(deploy), RELAY_SECONDS, "the relay deployment")
+        await within(in_thread(deploy), RELAY_SECONDS, "the relay deployment")
         return {
             name: ProxyLLM(endpoint=f"{serve_address()}{route}/to/{name}/v1", model=upstream.model or name)
             for name, upstream in self._relays.items()
@@ -249,7 +269,9 @@ class Cluster:
         called = f"{self.run if name == ONLY else f'{self.run}/{name}'}/trainer"
         if self._groups[name] > 1:  # the names of ranks that were killed may not be free yet
             called += f"-life-{self._groups[name]}"
-        trainers = self._trainers[name] = await PolicyTrainerGroup.start(settings, ranks=ranks, called=called)
+        trainers = self._trainers[name] = await PolicyTrainerGroup.start(
+            settings, ranks=ranks, called=called, tell=partial(self.events.death, shown=False)
+        )
         await trainers.call("load_transfer", transfer, timeout=120.0)
         return trainers
 
@@ -267,7 +289,9 @@ class Cluster:
         from actors.runner_pool import RunnerPool
 
         assert self.store is not None and self.failure is not None
-        self.runners = RunnerPool(self.run, agent, self.store, self.secret, settings, hooks, self.failure)
+        self.runners = RunnerPool(
+            self.run, agent, self.store, self.secret, settings, hooks, self.failure, self.events.death
+        )
         self.runners.start()
 
     async def stop(self) -> None:
@@ -276,6 +300,8 @@ class Cluster:
 
         if not ray.is_initialized():
             return
+        if self._deaths is not None:
+            self._deaths.stop()
         grown = psutil.Process().children(recursive=True) if self.owned else []
         try:
             async with asyncio.timeout(STOP_SECONDS):
@@ -299,9 +325,7 @@ class Cluster:
         await asyncio.gather(*(actor.close.remote() for actor in self._store_actors), return_exceptions=True)
         from ray import serve
 
-        applications = [self._application(name) for name in self._deployed]
-        applications += [f"{self._name}-relay"] if self._relay is not None else []
-        for application in applications if not self.owned else ():
+        for application in self._applications if not self.owned else ():
             await in_thread(serve.delete, application)
 
 

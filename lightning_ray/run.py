@@ -24,6 +24,7 @@ from lightning_ray.algorithms.weights import WeightAlgorithm
 from lightning_ray.cluster import Cluster, together
 from lightning_ray.config import RunnerSettings
 from lightning_ray.evaluation import Evaluation
+from lightning_ray.events import Events
 from lightning_ray.hooks import Hook
 from lightning_ray.machine import tree_memory
 from lightning_ray.metrics.watch import RunWatch, Watched
@@ -65,6 +66,7 @@ class Run:
         self.reporter = reporter
         self.trackers = Trackers(folder.path, reporter.note, trackers)
         self.cluster = cluster
+        self.events = cluster.events = Events(folder.path, reporter.note)
         self.mirror: Mirror | None = None
         """Of a run at a URL."""
         self.agent = agent

@@ -14,14 +14,13 @@ import pytest
 
 import lightning_ray as lr
 from lightning_ray import runner as runner_module
+from lightning_ray.deaths.last_words import last_words
 from lightning_ray.errors import InfrastructureError
 from lightning_ray.hooks import Hook
 from lightning_ray.runner import Runner
 from lightning_ray.running import play as play_module
 from lightning_ray.running import threads as threads_module
 from lightning_ray.running import watchdog as watchdog_module
-from lightning_ray.running.deaths import death_reason
-from lightning_ray.running.last_words import last_words
 from lightning_ray.running.sizing import Sizing, crowded_node
 from lightning_ray.running.watchdog import Watchdog
 from lightning_ray.store import LocalStoreClient, SpanStore, read_spans
@@ -399,7 +398,7 @@ def test_a_crowded_node_is_one_with_two_more_than_another() -> None:
     assert crowded_node({"a": 1, "gone": 3}, ["a", "b"]) is None
 
 
-def test_last_words_leave_out_what_is_of_no_use(tmp_path: Path) -> None:
+def test_last_words_leave_out_what_is_of_no_use() -> None:
     frames = "\n".join(f'  File "x.py", line {n} in f' for n in range(9))
     text = f":job_id:01\nfirst\n\nFatal Python error: Aborted\n\nCurrent thread:\n{frames}\nExtension modules: a, b"
     assert last_words(text).split(" | ") == [
@@ -408,13 +407,3 @@ def test_last_words_leave_out_what_is_of_no_use(tmp_path: Path) -> None:
         *(f'File "x.py", line {n} in f' for n in range(4)),
     ]
     assert last_words("") == ""
-    log = tmp_path / "log"
-    log.write_text(text)
-    told = (
-        "Worker exit type: SYSTEM_ERROR Worker exit detail: Worker exits with a connection error code 2. End of file."
-    )
-    info = {"pid": 7, "log": str(log)}
-    assert "Fatal Python error: Aborted" in death_reason(RuntimeError(told), info)
-    log.write_text("")
-    reason = death_reason(RuntimeError(told), info)
-    assert reason == "its process ended without a word to Ray: SIGKILL, by hand or for want of memory (process 7)"

@@ -25,6 +25,7 @@ from lightning_ray.evaluation.report import EvaluationReport
 from lightning_ray.evaluation.serving import ServedModels
 from lightning_ray.evaluation.settings import EvaluationSettings, Sampling
 from lightning_ray.evaluation.subject import Subject
+from lightning_ray.events import Events
 from lightning_ray.progress import Reporter, Stage, as_current
 from lightning_ray.relay.settings import Upstream
 from lightning_ray.run_folder import RunFolder, write_json
@@ -52,6 +53,7 @@ README = """# Evaluation {name}
 | `eval.json` | what was evaluated, the figures, and every play |
 | `config.json` | the resolved settings |
 | `store/` | every rollout and span: `lightning-ray spans "SELECT ..." FOLDER` |
+| `events.jsonl` | parts that died, and why |
 
 `lightning-ray doctor FOLDER` tells of every rollout, `lightning-ray eval FOLDER --against OTHER` compares two.
 """
@@ -80,6 +82,7 @@ class EvaluationSession:
         served = ServedModels(self._trainer.algorithm, self._subject, self._reporter)
         served.check(cluster.owned)
         folder.create_for_evaluation(README)
+        cluster.events = Events(folder.path, self._reporter.note)
         write_json(folder.path / "config.json", {**self._trainer.resolved(), "evaluation": self._settings.model_dump()})
         began = time.perf_counter()
         try:

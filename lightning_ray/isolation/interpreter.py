@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning_ray
+from lightning_ray.deaths.last_words import last_words
 from lightning_ray.errors import AgentError
 from lightning_ray.programs.process import NotStartedError, Program, Specification
-from lightning_ray.running.last_words import last_words
 
 MARK = "LIGHTNING_RAY_CHILD"
 HIDDEN = ("RAY_",)

@@ -10,6 +10,7 @@ import signal
 import socket
 from typing import Any
 
+from lightning_ray.deaths.last_words import last_words
 from lightning_ray.errors import AgentError, InfrastructureError
 from lightning_ray.isolation import frames
 from lightning_ray.isolation.interpreter import MARK as MARK
@@ -17,7 +18,6 @@ from lightning_ray.isolation.interpreter import specification
 from lightning_ray.programs.output import BoundedText, Drain
 from lightning_ray.programs.process import Ended, Running, Warden, wardens
 from lightning_ray.running.failures import AgentFailed
-from lightning_ray.running.last_words import last_words
 from lightning_ray.store.packing import unpack_foreign
 from lightning_ray.tracing.attempt import AttemptTrace
 from lightning_ray.types import AttemptedRollout, NamedResources

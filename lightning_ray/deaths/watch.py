@@ -1,0 +1,195 @@
+"""Notices the deaths that no call of the run would: those of parts that are started again by Ray or by Serve.
+
+    every few seconds:  Serve's named actors  --which are the run's-->  known
+                        known, in Ray's actor table  --restarted or dead-->  Death  --> events
+                        Ray's nodes, and the processes of a Ray of our own  --gone-->  Death  --> events
+
+Runners and trainer ranks are not among them: who calls these is told at once. What the run or Serve ended on purpose is
+not told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_ray.deaths.death import Death, death_of
+from lightning_ray.deaths.evidence import Evidence, exits, is_here, log_end, memory_kills
+from lightning_ray.deaths.process import Process
+from lightning_ray.deaths.told import Told, told_by_table
+
+WATCH_SECONDS = 3.0
+LOOK_SECONDS = 20.0
+"""For one look at Ray's tables."""
+SERVE = "serve"
+"""Ray's namespace of Serve's actors."""
+VITAL = {"gcs_server": "GCS server", "raylet": "raylet"}
+"""Processes without which a Ray is dead."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Known:
+    """An actor that is watched."""
+
+    process: Process
+    ended: int | None = None
+    """Lives whose end was told; None before the first look."""
+
+
+class DeathWatch:
+    """Of one run, in the process that started it.
+
+    Args:
+        tell: what becomes of a death.
+        applications: names of the run's applications in Serve, as they are at the time.
+        fatal: is told when a Ray of our own is dead.
+    """
+
+    def __init__(
+        self,
+        tell: Callable[[Death], None],
+        applications: Callable[[], Sequence[str]],
+        fatal: Callable[[Death], None],
+    ):
+        self._tell = tell
+        self._applications = applications
+        self._fatal = fatal
+        self._known: dict[str, Known] = {}
+        self._strangers: set[tuple[str, str]] = set()
+        """Names in Serve's namespace that are not the run's."""
+        self._nodes: dict[str, str] = {}
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """From now on, until ``stop``."""
+        self._task = asyncio.create_task(self._watch())
+
+    def stop(self) -> None:
+        """What ends from now on was meant to."""
+        if self._task is not None:
+            self._task.cancel()
+        exits.close()
+
+    def know(self, actor: Any, role: str, name: str) -> None:
+        """Watch an actor, by its handle."""
+        self._known[actor._actor_id.hex()] = Known(Process(role, name))
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            if (death := ray_died()) is not None:
+                self._tell(death)
+                self._fatal(death)
+                return
+            try:
+                async with asyncio.timeout(LOOK_SECONDS):
+                    for death in await asyncio.to_thread(self._look):
+                        self._tell(death)
+            except asyncio.CancelledError:
+                raise
+            except Exception as error:  # Ray's tables may be out of reach for a while
+                logger.info("Ray's tables could not be read: %s", error)
+
+    def _look(self) -> list[Death]:
+        self._find()
+        return [*self._dead_nodes(), *(death for actor_id in list(self._known) for death in self._dead(actor_id))]
+
+    def _find(self) -> None:
+        """Serve's actors are known by their names: replicas come and go."""
+        import ray
+
+        applications = self._applications()
+        if not applications:
+            return
+        for actor in ray.util.list_named_actors(all_namespaces=True):
+            key = (actor["namespace"], actor["name"])
+            if actor["namespace"] != SERVE or key in self._strangers:
+                continue
+            role, name = role_of(actor["name"], applications)
+            self._strangers.add(key)
+            if role is not None:
+                with contextlib.suppress(ValueError):  # it is gone already
+                    self.know(ray.get_actor(actor["name"], SERVE), role, name)
+
+    def _dead(self, actor_id: str) -> list[Death]:
+        """What is to be told of an actor since the last look; afterwards it is known as it is now."""
+        import ray
+
+        known, row = self._known[actor_id], ray._private.state.actors(actor_id)
+        if not row:
+            return []
+        state, ended = row["State"], row["NumRestarts"] + (row["State"] == "DEAD")
+        before, known.ended = known.ended if known.ended is not None else row["NumRestarts"], ended
+        told = told_by_table(row["DeathCause"])
+        deaths = []
+        if ended > before and not (state == "DEAD" and on_purpose(told)):
+            deaths = [death_of(known.process, told if told.words else Told("wordless", ""))]
+        if state == "ALIVE" and row["Pid"] != known.process.pid:
+            known.process = _living(known.process, row)
+        if state == "DEAD":
+            del self._known[actor_id]
+        return deaths
+
+    def _dead_nodes(self) -> list[Death]:
+        import ray
+
+        deaths = []
+        for node in ray.nodes():
+            node_id, address = node["NodeID"], node["NodeManagerAddress"]
+            if node["Alive"]:
+                self._nodes[node_id] = address
+            elif self._nodes.pop(node_id, None) is not None:
+                why = node.get("DeathReasonMessage") or node.get("DeathReason") or "it no longer answers Ray's head"
+                process = Process("node", node.get("NodeName") or address, None, node_id, address)
+                deaths.append(death_of(process, Told("node", " ".join(str(why).split()))))
+        return deaths
+
+
+def on_purpose(told: Told) -> bool:
+    """Whether the run or Serve ended it, or it itself, in order."""
+    return told.kind == "killed" or "INTENDED" in told.words
+
+
+def role_of(actor: str, applications: Sequence[str]) -> tuple[str | None, str]:
+    """Role and name of an actor of Serve's by its name there; no role if it is not the run's."""
+    kind, _, rest = actor.partition("::")
+    if kind == "SERVE_REPLICA":
+        application, deployment, replica = rest.split("#")
+        role = "relay" if deployment.lower() == "relay" else "policy replica"
+        return (role, replica) if application in applications else (None, "")
+    if actor == "SERVE_CONTROLLER_ACTOR":
+        return "Serve's controller", ""
+    return ("Serve's proxy", "") if actor.startswith("SERVE_PROXY_ACTOR") else (None, "")
+
+
+def _living(process: Process, row: Any) -> Process:
+    """A process as Ray's table has it."""
+    address = row["Address"]
+    kills = memory_kills() if is_here(address["NodeID"]) else None
+    where = {"pid": row["Pid"], "node_id": address["NodeID"], "node": address["IPAddress"], "memory_kills": kills}
+    return Process.at(process.role, process.name, where)
+
+
+def ray_died() -> Death | None:
+    """The end of a process without which the Ray of our own is dead."""
+    import ray
+
+    node = ray._private.worker._global_node
+    for kind, name in VITAL.items():
+        for started in node.all_processes.get(kind, []) if node is not None else []:
+            if (code := started.process.poll()) is not None:
+                logs = Path(node.get_logs_dir_path())
+                ends = (log_end(str(logs / f"{kind}.{end}")) for end in ("err", "out"))
+                from lightning_ray.deaths.exits import signal_name
+
+                how = f"killed by {signal_name(-code)}" if code < 0 else f"it exited with code {code}"
+                process = Process("Ray", f"({name})", started.process.pid)
+                return death_of(process, Told("exit", how), Evidence(words=next(filter(None, ends), "")))
+    return None

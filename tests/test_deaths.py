@@ -1,0 +1,152 @@
+"""Deaths are told in one sentence, from Ray's words and a node's evidence: who, why, what was lost, what comes next."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightning_ray.deaths import Death, Process, death_of, told_of
+from lightning_ray.deaths.evidence import Evidence, gather, log_end
+from lightning_ray.deaths.exits import Exits, in_words
+from lightning_ray.deaths.told import Told
+from lightning_ray.deaths.watch import role_of
+from lightning_ray.events import Events, read_events
+
+WORDLESS = (
+    "Worker exit type: SYSTEM_ERROR Worker exit detail: Worker unexpectedly exits with a connection error code 2. E"
+)
+RUNNER = Process("runner", "runner-0-a1b2c3", 7, "node-id", "10.0.0.1", None, memory_kills=3)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (f"The actor died unexpectedly.\n{WORDLESS}", Told("wordless", "its process ended without a word to Ray")),
+        (
+            "Worker exit type: SYSTEM_ERROR Worker exit detail: Worker exits with an exit code 3.",
+            Told("exit", "it exited with code 3"),
+        ),
+        (
+            "Worker exit type: NODE_OUT_OF_MEMORY Worker exit detail: The node is running low on memory.\n"
+            "Memory on the node (IP: 10.0.0.1, ID: ab) was 15.20GB used / 16.00GB limit (0.950000)",
+            Told(
+                "memory monitor",
+                "killed by Ray's memory monitor, as its node was short of memory: 15.20GB used / 16.00GB limit",
+            ),
+        ),
+        (
+            "The actor died because its node has died. Node Id: ab\n\tthe actor's node was terminated: no beat",
+            Told("node", "its node died: terminated: no beat"),
+        ),
+        ("The actor is dead because it was killed by `ray.kill`.", Told("killed", "killed by ray.kill")),
+    ],
+)
+def test_what_ray_says_is_understood(text: str, told: Told) -> None:
+    assert told_of(RuntimeError(text)) == told == told_of(text)
+
+
+def test_what_a_part_raised_is_its_cause() -> None:
+    class RayTaskError(Exception):
+        cause = ValueError("no module of mine")
+
+    assert told_of(RayTaskError()) == Told("error", "ValueError: no module of mine")
+
+
+@pytest.mark.parametrize(
+    ("evidence", "cause", "advice"),
+    [
+        (Evidence("killed by SIGKILL", "", 4), "killed by the kernel for want of memory", True),
+        (Evidence("killed by SIGKILL", "", 3), "killed by SIGKILL, not for want of memory", False),
+        (Evidence("killed by SIGSEGV", "a | b", 3), "killed by SIGSEGV; last lines of its log: a | b", False),
+        (Evidence("exited with code 3", "", 3), "it exited with code 3", False),
+        (Evidence(None, "a | b", None), "its process ended without a word to Ray; last lines of its log: a | b", False),
+        (Evidence(), "without a word to Ray: SIGKILL, by hand or for want of memory", False),
+        (Evidence(missing="its node is gone"), "its process ended without a word to Ray (its node is gone)", False),
+    ],
+)
+def test_a_wordless_end_is_told_by_evidence(evidence: Evidence, cause: str, advice: bool) -> None:
+    death = death_of(RUNNER, WORDLESS, evidence)
+    assert cause in death.cause and ("concurrency" in death.next) == advice
+    assert str(death).startswith("runner-0-a1b2c3 died (process 7, node 10.0.0.1): ") and "Lost: no rollout." in str(
+        death
+    )
+
+
+def test_the_call_that_was_not_answered_is_named() -> None:
+    death = death_of(Process("trainer rank", "1"), WORDLESS, Evidence(), during="update")
+    assert str(death).startswith("trainer rank 1 died during 'update': ")
+    assert "the steps since the last checkpoint" in str(death)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc and pidfds are Linux's")
+def test_the_end_of_a_process_that_is_not_our_child_is_known(tmp_path: Path) -> None:
+    script = "sleep 60 & echo $!; sh -c 'read _; exit 3' & echo $!; wait"
+    parent = subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True)
+    assert parent.stdout is not None
+    killed, _ = (int(parent.stdout.readline()) for _ in range(2))
+    exits = Exits()
+    exits.hold(killed)
+    os.kill(killed, signal.SIGKILL)
+    parent.wait(10)
+    if exits.of(killed) is None:
+        pytest.skip("Linux tells the status of others' children from 6.15 on")
+    assert exits.of(killed) == "killed by SIGKILL"
+    exits.close()
+    assert exits.of(killed) is None
+    assert [in_words(status) for status in (0, 3 << 8, 11)] == [
+        "exited with code 0",
+        "exited with code 3",
+        "killed by SIGSEGV",
+    ]
+
+
+def test_a_log_ends_in_its_last_words(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text(":job_id:01\n" + "x" * 10_000 + "\nFatal Python error: Aborted\n")
+    assert gather(None, str(log)).words.endswith("Fatal Python error: Aborted")
+    assert log_end(str(tmp_path / "none")) == ""
+
+
+def test_serves_actors_are_known_by_their_names() -> None:
+    mine = ["run-1", "run-1-relay"]
+    assert role_of("SERVE_REPLICA::run-1#policy#ab12", mine) == ("policy replica", "ab12")
+    assert role_of("SERVE_REPLICA::run-1-relay#relay#ab12", mine) == ("relay", "ab12")
+    assert role_of("SERVE_REPLICA::other#policy#ab12", mine) == (None, "")
+    assert role_of("SERVE_CONTROLLER_ACTOR", mine) == ("Serve's controller", "")
+    assert role_of("SERVE_PROXY_ACTOR-ab", mine) == ("Serve's proxy", "")
+    assert role_of("stranger", mine) == (None, "")
+
+
+def test_events_are_shown_and_kept(tmp_path: Path) -> None:
+    shown: list[str] = []
+    events = Events(tmp_path, shown.append)
+    death = Death(RUNNER, "killed by SIGKILL", "no rollout", "another takes its place", time=1.5)
+    events.death(death)
+    events.death(death, shown=False)
+    events.waiting("step 3 takes 80 s", ["phase: rollouts"])
+    assert shown == [str(death), "step 3 takes 80 s\n  phase: rollouts"]
+    with (tmp_path / "events.jsonl").open("a") as file:
+        file.write(json.dumps({"half": 1})[:5])
+    first, second, waiting = read_events(tmp_path)
+    assert (
+        first
+        == second
+        == {
+            "time": 1.5,
+            "kind": "death",
+            "role": "runner",
+            "name": "runner-0-a1b2c3",
+            "node": "10.0.0.1",
+            "pid": 7,
+            "cause": "killed by SIGKILL",
+            "lost": "no rollout",
+            "next": "another takes its place",
+        }
+    )
+    assert (waiting["kind"], waiting["parts"]) == ("waiting", ["phase: rollouts"])
