@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from lightning_ray.capture.address import Caller
-from lightning_ray.semconv import MODEL_CALL_NAMES, SUPERSEDED_SPAN
+from lightning_ray.semconv import CLIENT_SPAN, MODEL_CALL_NAMES, SUPERSEDED_SPAN
+from lightning_ray.trace_ids import trace_id_of
 
 ANSWERED = ("stop", "length", "tool_calls", "end_turn", "tool_use", "max_tokens", "stop_sequence")
 """Finish reasons of sequences that came to their end; the engine's are the first two, the others are upstream APIs'."""
@@ -120,8 +121,14 @@ class CapturedRequest:
     taken: int = 0
     """Sequences that ``take_spans`` has handed out."""
     span_ids: list[str] = field(default_factory=list)
-    trace_id: str = field(default_factory=lambda: new_id(32))
+    trace_id: str = ""
+    """The attempt's."""
+    parent: str | None = None
+    """The client's span that it comes from, if the client says so."""
     sampling_used: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.trace_id = self.trace_id or trace_id_of(*self.attempt)
 
     @property
     def attempt(self) -> tuple[str, str]:
@@ -164,6 +171,8 @@ class CapturedRequest:
             attributes["retry"] = self.retry
         if self.hung_up:
             attributes["hung_up"] = True
+        if self.parent is not None:
+            attributes[CLIENT_SPAN] = self.parent
         rows = [
             {
                 **self.row(MODEL_CALL_NAMES[self.api], ended),

@@ -25,6 +25,7 @@ from lightning_ray.capture.keys import KeyRefused, open_operator_key
 from lightning_ray.capture.refusal import refuse, respond
 from lightning_ray.capture.retries import SentCall, SentCalls, digest_of, retry_of
 from lightning_ray.semconv import IMAGE_SPAN
+from lightning_ray.trace_ids import parent_in
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -131,6 +132,7 @@ class CaptureEdge:
         body, images = parsed
         request = CapturedRequest(caller, dialect.api, body, self.backend.model)
         request.continues = dialect.continues(body)
+        request.parent = parent_in(scope["headers"], request.trace_id)
         request.digest, request.retry = digest_of(dialect.path, raw), retry_of(scope["headers"])
         sent, superseded = self._sent.begin(request.attempt, request.digest, request.retry)
         if (not_now := await self._not_now(caller)) is not None:

@@ -16,9 +16,11 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from lightning_ray import trace_ids
 from lightning_ray.agent_names import AGENT_HEADER, current_agent_name, to_header
 from lightning_ray.otel import format_exception_attributes
 from lightning_ray.semconv import MODEL_CALL_NAMES
+from lightning_ray.trace_ids import TRACE_HEADER
 from lightning_ray.tracing.attempt import OpenSpan, current_trace
 
 RAW_HEADER = "x-stainless-raw-response"
@@ -112,10 +114,11 @@ class Client:
         span = trace.begin(MODEL_CALL_NAMES[api], attributes)
         given = options.headers if isinstance(options.headers, Mapping) else {}
         lower = {key.lower(): value for key, value in given.items()}
+        added = {TRACE_HEADER: trace_ids.to_header(trace.trace_id, span.span_id)}
         if (name := current_agent_name(trace)) is not None:
             span.attributes["gen_ai.agent.name"] = name
-            if AGENT_HEADER not in lower:
-                options.headers = {**given, AGENT_HEADER: to_header(name)}
+            added[AGENT_HEADER] = to_header(name)
+        options.headers = {**given, **{name: value for name, value in added.items() if name not in lower}}
         return TracedCall(self, api, span, raw=lower.get(RAW_HEADER) not in (None, "stream"))
 
 

@@ -18,6 +18,7 @@ from weakref import WeakValueDictionary
 
 from lightning_ray.semconv import UNFINISHED
 from lightning_ray.span import Span
+from lightning_ray.trace_ids import root_id_of, trace_id_of
 
 Row = dict[str, Any]
 """A span as a mapping with the fields of ``span.Span``. Its ``sequence_id`` is 0: the store numbers it on arrival."""
@@ -53,16 +54,19 @@ class AttemptTrace:
 
     rollout_id: str
     attempt_id: str
-    trace_id: str = field(default_factory=lambda: secrets.token_hex(16))
+    trace_id: str = ""
+    """By default what rollout and attempt are called makes it (``trace_ids``); so the root's."""
     spans: list[Row] = field(default_factory=list)
     """What has ended so far."""
-    root_id: str = field(default_factory=lambda: secrets.token_hex(8), repr=False)
+    root_id: str = field(default="", repr=False)
     """What OpenTelemetry is told to be the parent of the attempt's outermost spans."""
     ended: bool = False
     listener: Callable[[Row], None] | None = field(default=None, repr=False)
     """Told each span as it is recorded, in the thread that records it."""
 
     def __post_init__(self) -> None:
+        self.trace_id = self.trace_id or trace_id_of(self.rollout_id, self.attempt_id)
+        self.root_id = self.root_id or root_id_of(self.rollout_id, self.attempt_id)
         self._lock = threading.Lock()
         self._open: dict[str, Begun] = {}
         self._begun: set[str] = set()

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lightning_ray.semconv import AGL_ANNOTATION, IMAGE_SPAN, REWARD, SUPERSEDED_SPAN
+from lightning_ray.semconv import AGL_ANNOTATION, DROPPED_SPAN, IMAGE_SPAN, REWARD, SUPERSEDED_SPAN, TRAINED_SPAN
 from lightning_ray.span import Span
 from lightning_ray.store.schema import read_spans
 from lightning_ray.trajectories.join import ModelCall, Trajectory, join_calls
@@ -22,7 +22,7 @@ from lightning_ray.trajectories.steps import Place
 from lightning_ray.types import Attempt, Rollout
 
 _PRIMARY = f"{REWARD}.0.value"
-_NO_PLACE = (IMAGE_SPAN, SUPERSEDED_SPAN)
+_NO_PLACE = (IMAGE_SPAN, SUPERSEDED_SPAN, TRAINED_SPAN, DROPPED_SPAN)
 """Spans that tell of others, and are no part of what the agent did."""
 
 
@@ -46,6 +46,8 @@ class Episode:
     """Of its spans in the trace."""
     own_weights: dict[str, float] | None = None
     """Dimensions of the reward that are the policy's own, if the rollout emitted any: ``reward`` is their sum."""
+    attempt_id: str | None = None
+    """The attempt that counts, if it left spans."""
 
     @property
     def rollout_id(self) -> str:
@@ -71,7 +73,7 @@ def read_episodes(
     that the policy of this name answered, and dimensions of the reward that have its name, or that of an agent of its
     own, are its reward.
     """
-    episodes = {rollout.rollout_id: Episode(rollout) for rollout in rollouts}
+    episodes = {each.rollout_id: Episode(each, attempt_id=attempts.get(each.rollout_id)) for each in rollouts}
     counted = rows_where(spans, pc.is_in(spans["attempt_id"], pa.array(list(attempts.values()), pa.string())))
     calls = answered(captured_calls(counted))
     for rollout_id, times in Counter(calls["rollout_id"].to_pylist()).items():
