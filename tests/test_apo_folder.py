@@ -106,6 +106,8 @@ async def test_the_folder_tells_the_search(tmp_path: Path) -> None:
         assert candidate.critique is None or candidate.critique in page.text
     assert re.search(r"<ins>\s*(red|blue|green)", raw) and "<polyline" in raw
     assert f"{state.best_score:.3f}" in page.text
+    assert f"<td>score_after</td><td>{state.best_score:.4g}</td>" in raw
+    assert f"<td>optimizer.calls</td><td>{len(model.bodies)}</td>" in raw
 
     best = apo.get_best_prompt()
     assert (folder.path / "best/prompt_template.txt").read_text() == best.template

@@ -72,7 +72,7 @@ def write_report(folder: Path, state: SearchState, settings: Mapping[str, Any]) 
         name=folder.name,
         state=state,
         settings={name: value for name, value in settings.items() if value not in (None, (), "")},
-        summary=summary_of(state),
+        summary=flat(summary_of(state)),
         best=[(name, template, changes_of(seed, best, name)) for name, template in best.templates.items()],
         candidates=[described(state, each) for each in sorted(state.candidates.values(), key=newest_first)],
         curve=curve(state),
@@ -80,6 +80,17 @@ def write_report(folder: Path, state: SearchState, settings: Mapping[str, Any]) 
         height=HEIGHT,
     )
     write_whole(folder / "report.html", text)
+
+
+def flat(figures: Mapping[str, Any], of: str = "") -> dict[str, Any]:
+    """Figures for people: those within others by ``name.inner``, fractions with four digits, nothing that is None."""
+    shown: dict[str, Any] = {}
+    for name, value in figures.items():
+        if isinstance(value, Mapping):
+            shown |= flat(value, f"{of}{name}.")
+        elif value is not None:
+            shown[f"{of}{name}"] = f"{value:.4g}" if isinstance(value, float) else value
+    return shown
 
 
 def newest_first(candidate: Candidate) -> int:
