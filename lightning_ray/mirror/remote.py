@@ -5,6 +5,7 @@ An object store puts an object in one step; where there are real files, a draft 
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -75,9 +76,15 @@ class RemoteFolder:
         draft.replace(local)
 
     def remove(self, names: list[str]) -> None:
-        """Remove files."""
-        if names:
-            self._fs.rm([self._path(name) for name in names])
+        """Remove files; those that are gone already, as after a call that broke off, are none the less."""
+        paths = [self._path(name) for name in names]
+        try:
+            if paths:
+                self._fs.rm(paths)
+        except FileNotFoundError:
+            for path in paths:
+                with suppress(FileNotFoundError):
+                    self._fs.rm_file(path)
 
     def move(self, name: str, target: RemoteFolder) -> None:
         """Move a file into another folder of the same storage."""
