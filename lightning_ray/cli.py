@@ -16,9 +16,17 @@ from lightning_ray.export_command import add_export_command, export_command
 from lightning_ray.launch import Launch, launched, parse_setting
 from lightning_ray.replay_command import add_replay_command, replay
 from lightning_ray.spans_command import add_spans_command, spans
+from lightning_ray.traces_command import add_traces_command, traces
 
 INTERRUPTED = 130
-READING = {"spans": spans, "doctor": doctor, "replay": replay, "export": export_command, "dashboards": dashboards}
+READING = {
+    "spans": spans,
+    "doctor": doctor,
+    "replay": replay,
+    "export": export_command,
+    "dashboards": dashboards,
+    "traces": traces,
+}
 """Commands that start no run."""
 
 
@@ -83,6 +91,7 @@ def parser() -> argparse.ArgumentParser:
     add_replay_command(commands)
     add_export_command(commands)
     add_dashboards_command(commands)
+    add_traces_command(commands)
     return top
 
 

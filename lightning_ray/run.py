@@ -42,6 +42,7 @@ from lightning_ray.store.base import Store
 from lightning_ray.threads import in_thread
 from lightning_ray.trackers import Choice, Trackers
 from lightning_ray.trained_policy import TrainedPolicy
+from lightning_ray.training_spans import StepTold, append_training_spans
 from lightning_ray.trajectories.account import Account
 from lightning_ray.trajectories.episode import Episode
 from lightning_ray.types import Dataset, EnqueueRolloutRequest, ProxyLLM, RolloutMode
@@ -265,6 +266,13 @@ class Run:
         self.reporter.step(row, self._evaluations.last)
         if self.mirror is not None:
             self.mirror.tell()
+
+    async def trace_step(self, step: int, played: Played, times: StepTimes) -> None:
+        """Tell in the traces of a step's rollouts what became of them."""
+        versions = {name: policy.version for name, policy in self.policies.items()}
+        learning = sum(times.phases.get(phase, 0.0) for phase in ("update", "swap"))
+        now = time.time()
+        await append_training_spans(self.store, played, StepTold(step, versions, now - learning, now))
 
     async def validate(self) -> Evaluation | None:
         """Greedy pass over val_dataset; its figures, None without one."""

@@ -77,6 +77,8 @@ class PassingRun:
     def record_step(self, step: int, played: Any, updates: dict[str, Any], times: StepTimes) -> None:
         self.recorded.append((updates, times))
 
+    async def trace_step(self, step: int, played: Any, times: StepTimes) -> None: ...
+
 
 @pytest.fixture
 def time(monkeypatch: pytest.MonkeyPatch) -> Time:

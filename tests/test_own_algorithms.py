@@ -62,6 +62,8 @@ class StandIn:
         self.recorded.append((played, updates))
         self.state.step = step + 1
 
+    async def trace_step(self, step: int, played: Any, times: Any) -> None: ...
+
     async def validate(self) -> None:
         self.validated += 1
 

@@ -271,6 +271,8 @@ class SeveralRun:
     def record_step(self, step: int, played: Any, updates: dict[str, Any], times: StepTimes) -> None:
         self.recorded.append(updates)
 
+    async def trace_step(self, step: int, played: Any, times: StepTimes) -> None: ...
+
 
 class OneGroup:
     async def fill(self, version: int) -> None: ...

@@ -72,7 +72,9 @@ class TrainingLoop:
         self._source.release(played)
         whole, phases = time.perf_counter() - began, clock.lap()
         playing = sum(phases.values()) if settings.pace() else collected
-        run.record_step(step, played, updates, StepTimes(playing, whole, phases))
+        times = StepTimes(playing, whole, phases)
+        run.record_step(step, played, updates, times)
+        await run.trace_step(step, played, times)
         if settings.validate_every and (step + 1) % settings.validate_every == 0 and step + 1 < settings.steps:
             with clock.phase("validate"):
                 await run.validate()

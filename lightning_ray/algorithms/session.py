@@ -161,6 +161,7 @@ class TrainingSession:
         phases = self._clock.lap()
         times = StepTimes(self._playing, sum(phases.values()), phases)
         run.record_step(step, played, {ONLY: self._update} if self._update else {}, times)
+        await run.trace_step(step, played, times)
         self._reset()
         if settings.validate_every and self.step % settings.validate_every == 0 and self.step < settings.steps:
             await self.validate()
