@@ -38,6 +38,7 @@ from lightning_ray.run_models import initial_models, publish_resources
 from lightning_ray.run_rollouts import RunRollouts, refuse_total_failure
 from lightning_ray.run_state import ONLY, RunState
 from lightning_ray.step_figures import StepTimes, policy_figures, step_figures
+from lightning_ray.stopping import Stop
 from lightning_ray.store.base import Store
 from lightning_ray.threads import in_thread
 from lightning_ray.trackers import Choice, Trackers
@@ -70,6 +71,7 @@ class Run:
         self.events = cluster.events = Events(folder.path, reporter.note)
         self.mirror: Mirror | None = None
         """Of a run at a URL."""
+        self.stop = Stop()
         self.agent = agent
         self.datasets = datasets
         self.train_dataset = datasets["train"]

@@ -24,6 +24,7 @@ from lightning_ray.errors import ConfigError
 from lightning_ray.hooks import Hook
 from lightning_ray.launch import current_launch
 from lightning_ray.relay.settings import Upstream, check_upstreams
+from lightning_ray.stopping import Stop, Stopped
 from lightning_ray.tracing import OtelTracer, Tracer
 from lightning_ray.trackers.choice import Choice, check_installed, check_trackers, name_of
 from lightning_ray.types import Dataset, NamedResources
@@ -131,6 +132,7 @@ class Trainer:
         self.llm_proxy = llm_proxy
         self.max_rollouts = max_rollouts
         self._evaluation = launch.evaluation
+        self._stop: Stop | None = None
         self._adapter = None if adapter is None else adapter_of(adapter)
         launch.refuse_leftovers()
 
@@ -157,10 +159,13 @@ class Trainer:
         for split, data in (("val", val_dataset), ("test", test_dataset)):
             if data is not None and len(data):
                 datasets[split] = data
-        with stoppable():
+        with stoppable(lambda: self._stop is not None and self._stop.ask()):
             if self._evaluation is not None:
                 self._evaluate_instead(self._evaluation, agent, datasets)
-            return asyncio.run(self._fit(agent, datasets))
+            try:
+                return asyncio.run(self._fit(agent, datasets))
+            except Stopped:
+                raise KeyboardInterrupt from None
 
     def validate(
         self,
@@ -265,6 +270,7 @@ class Trainer:
             self.hooks,
             self.trackers,
         )
+        self._stop = run.stop
         agent.set_trainer(self)
         attach(self.algorithm, self)
         check_installed(self.trackers)
@@ -362,11 +368,12 @@ def refuse_unknown(arguments: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def stoppable() -> Iterator[None]:
-    """SIGTERM (a stopped job) ends a run as Ctrl-C does."""
+def stoppable(ask: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """SIGTERM (a stopped job) ends a run as Ctrl-C does, unless the run takes it upon itself when it is asked."""
 
     def interrupt(*_: Any) -> None:
-        signal.raise_signal(signal.SIGINT)
+        if not ask():
+            signal.raise_signal(signal.SIGINT)
 
     try:
         before = signal.signal(signal.SIGTERM, interrupt)

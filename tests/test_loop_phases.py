@@ -13,6 +13,7 @@ from lightning_ray.algorithms.loop import TrainingLoop
 from lightning_ray.phases import PhaseClock
 from lightning_ray.run_state import ONLY, RunState
 from lightning_ray.step_figures import StepTimes
+from lightning_ray.stopping import Stop
 from lightning_ray.trajectories.account import Account, settle
 from lightning_ray.trajectories.episode import Episode
 from tests.test_step_figures import Time, episode
@@ -44,6 +45,7 @@ class PassingRun:
         self.time = time
         self.rewards = rewards
         self.state = RunState()
+        self.stop = Stop()
         self.folder = self
         self.policies = {ONLY: self}
         self.version = 0

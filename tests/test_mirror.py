@@ -179,7 +179,7 @@ class Broken(Exception):
 def test_wherever_it_breaks_off_what_is_there_can_be_resumed(
     runs: str, machines: Machines, monkeypatch: pytest.MonkeyPatch, late: bool
 ) -> None:
-    """Every change of the storage fails once in a round, before or after it was made; then the run goes on to its end."""
+    """Every change of the storage fails once, before or after it was made; then the run goes on to its end."""
     made = 0
     breaks_at: int | None = None
 
@@ -235,7 +235,7 @@ def test_a_store_at_work_is_a_store_at_the_other_end(runs: str, machines: Machin
     done = threading.Event()
 
     def write() -> None:
-        for step in range(1, 25):
+        for step in range(1, 12):
             training.step(step)
         done.set()
 

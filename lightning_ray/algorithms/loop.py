@@ -21,6 +21,7 @@ from lightning_ray.algorithms.source import Played
 from lightning_ray.errors import TrainersLostError
 from lightning_ray.phases import PhaseClock
 from lightning_ray.step_figures import StepTimes
+from lightning_ray.stopping import Stopped
 
 if TYPE_CHECKING:
     from lightning_ray.algorithms.weights import WeightAlgorithm
@@ -42,30 +43,37 @@ class TrainingLoop:
 
     async def learn(self) -> None:
         """From the first step that is missing to the last."""
-        run, settings = self._run, self._settings
-        await run.start(settings)
+        run = self._run
+        await run.start(self._settings)
         await self._source.begin()
         self._clock.lap()
-        failures = 0
         try:
-            while run.state.step < settings.steps:
-                try:
-                    await self._step(run.state.step)
-                    failures = 0
-                except TrainersLostError as error:
-                    failures += 1
-                    if failures > RESTARTS_IN_A_ROW:
-                        raise
-                    await self._recover(error)
+            with run.stop.heard():
+                await self._steps()
         finally:
             await self._source.stop()
         await run.finish()
+
+    async def _steps(self) -> None:
+        failures = 0
+        while self._run.state.step < self._settings.steps:
+            try:
+                await self._step(self._run.state.step)
+                failures = 0
+            except TrainersLostError as error:
+                failures += 1
+                if failures > RESTARTS_IN_A_ROW:
+                    raise
+                await self._recover(error)
+            except Stopped:
+                await self._keep_the_rest()
+                raise
 
     async def _step(self, step: int) -> None:
         run, settings, clock = self._run, self._settings, self._clock
         began = time.perf_counter()
         with clock.phase("rollouts"):
-            played = await self._source.collect(step)
+            played = await run.stop.unless_asked(self._source.collect(step))
         run.folder.append_step(played.record(step, {name: policy.version for name, policy in run.policies.items()}))
         collected = time.perf_counter() - began
         updates = await self._learn_from(played)
@@ -79,9 +87,19 @@ class TrainingLoop:
             with clock.phase("validate"):
                 await run.validate()
         if (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps:
-            with clock.phase("checkpoint"):
-                run.state.flow = await self._source.state()
-                await run.checkpoint()
+            await self._checkpoint()
+
+    async def _checkpoint(self) -> None:
+        with self._clock.phase("checkpoint"):
+            self._run.state.flow = await self._source.state()
+            await self._run.checkpoint()
+
+    async def _keep_the_rest(self) -> None:
+        """Keep what was made since the last checkpoint."""
+        folder, step = self._run.folder, self._run.state.step
+        if step and (folder.latest_checkpoint() is None or folder.read_state()["step"] < step):
+            await self._checkpoint()
+        self._run.reporter.note(f"stopped after step {step}, with a checkpoint")
 
     async def _learn_from(self, played: Played) -> dict[str, dict[str, Any]]:
         """Update and swap the policies that have something to learn from; returns the figures of their updates."""

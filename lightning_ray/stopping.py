@@ -1,0 +1,86 @@
+"""A run that is asked to stop (SIGTERM, as of ``ray job stop``) saves a checkpoint first, if it is given the time.
+
+It is heard while a step's rollouts are awaited: what is being trained and swapped comes to its end, what is being
+played is given up. Asked for a second time, or past the deadline, the run is interrupted wherever it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from lightning_ray.job_id import this_job
+
+T = TypeVar("T")
+WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
+"""How long Ray waits for a job that it stops, before it kills it; of the job's environment."""
+JOB_SECONDS = 3.0
+"""Where that says nothing."""
+OTHER_SECONDS = 30.0
+"""That others wait who send SIGTERM, as Kubernetes does."""
+END_SECONDS = 12.0
+"""Of it, for the run's end behind the checkpoint."""
+QUEUEING_SECONDS = 2.0
+"""For what is being queued to be noted: a checkpoint tells where the tasks go on."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and nothing is in the middle."""
+
+
+class Stop:
+    """Of one run; ``ask`` is for a signal's handler."""
+
+    def __init__(self) -> None:
+        self._asked = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._deadline: asyncio.TimerHandle | None = None
+
+    def ask(self) -> bool:
+        """Ask; False if the run is to be interrupted instead."""
+        seconds = seconds_given()
+        if self._loop is None or self._asked.is_set() or seconds <= 0:
+            return False
+        self._asked.set()
+        self._loop.call_soon_threadsafe(self._give, seconds)
+        return True
+
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        """Within, it can be asked for."""
+        self._loop = asyncio.get_running_loop()
+        try:
+            yield
+        finally:
+            self._loop = None
+            if self._deadline is not None:
+                self._deadline.cancel()
+
+    async def unless_asked(self, work: Coroutine[Any, Any, T]) -> T:
+        """What the work gives. Raises Stopped, with the work given up, when it is asked for meanwhile."""
+        working, asked = asyncio.ensure_future(work), asyncio.ensure_future(self._asked.wait())
+        try:
+            await asyncio.wait({working, asked}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({working}, timeout=QUEUEING_SECONDS)
+            if not working.done():
+                raise Stopped
+            return working.result()
+        finally:
+            asked.cancel()
+            working.cancel()
+            await asyncio.gather(working, asked, return_exceptions=True)
+
+    def _give(self, seconds: float) -> None:
+        self._deadline = asyncio.get_running_loop().call_later(seconds, signal.raise_signal, signal.SIGINT)
+
+
+def seconds_given() -> float:
+    """For a checkpoint, between the asking and the end."""
+    given = os.environ.get(WAIT)
+    if given is not None:
+        return float(given) - END_SECONDS
+    return (OTHER_SECONDS if this_job() is None else JOB_SECONDS) - END_SECONDS

@@ -1,0 +1,162 @@
+"""A run that is asked to stop: what is heard when, how long it has, and that nothing is left in the middle."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lightning_ray.algorithms.grpo import GRPO
+from lightning_ray.algorithms.loop import TrainingLoop
+from lightning_ray.job_id import this_job
+from lightning_ray.run_folder import RunFolder
+from lightning_ray.run_state import RunState
+from lightning_ray.stopping import Stop, Stopped, seconds_given
+from lightning_ray.trainer import stoppable
+
+
+class EndlessRun:
+    """Steps that take no time, until the third, whose rollouts never end. It is its own source."""
+
+    def __init__(self, folder: Path, hanging: int = 2) -> None:
+        self.folder = RunFolder(folder)
+        self.folder.create(resume=False)
+        self.stop, self.state, self.hanging = Stop(), RunState(), hanging
+        self.policies: dict[str, Any] = {}
+        self.reporter = SimpleNamespace(note=lambda text: self.told.append(text))
+        self.told: list[str] = []
+        self.saved: list[int] = []
+        self.given_up = self.ended = False
+
+    async def start(self, settings: Any) -> None: ...
+
+    async def begin(self) -> None: ...
+
+    async def collect(self, step: int) -> Any:
+        if step < self.hanging:
+            return SimpleNamespace(shares={}, record=lambda *_: {"step": step})
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            self.given_up = True
+            raise
+
+    def release(self, played: Any) -> None: ...
+
+    def record_step(self, step: int, *_: Any) -> None:
+        self.state.step = step + 1
+
+    async def trace_step(self, *_: Any) -> None: ...
+
+    async def state_of_source(self) -> dict[str, Any]:
+        return {"next_position": 5}
+
+    async def checkpoint(self) -> None:
+        writing = self.folder.begin_checkpoint(self.state.step)
+        writing.mkdir()
+        self.folder.commit_checkpoint(writing, self.state.step, {"step": self.state.step, "flow": self.state.flow})
+        self.saved.append(self.state.step)
+
+    async def finish_source(self) -> None:
+        self.ended = True
+
+
+def loop_of(run: EndlessRun, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> TrainingLoop:
+    source: Any = SimpleNamespace(
+        begin=run.begin,
+        collect=run.collect,
+        release=run.release,
+        state=run.state_of_source,
+        stop=run.finish_source,
+    )
+    monkeypatch.setattr(GRPO, "source", lambda *_: source)
+    monkeypatch.setattr("lightning_ray.stopping.QUEUEING_SECONDS", 0.05)
+    return TrainingLoop(GRPO(model="m", steps=9, validate_every=0, **settings), run)  # type: ignore[arg-type]
+
+
+async def asked_in_its_third_step(loop: TrainingLoop, run: EndlessRun) -> None:
+    learning = asyncio.ensure_future(loop.learn())
+    while run.state.step < 2:
+        await asyncio.sleep(0.01)
+    assert run.stop.ask() and not run.stop.ask(), "a second time it is interrupted"
+    with pytest.raises(Stopped):
+        await learning
+
+
+async def test_a_stopped_run_has_a_checkpoint_of_its_last_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = EndlessRun(tmp_path / "run")
+    assert not run.stop.ask(), "nobody listens yet"
+    await asked_in_its_third_step(loop_of(run, monkeypatch, checkpoint_every=9), run)
+    assert run.folder.read_state() == {"step": 2, "flow": {"next_position": 5}}
+    assert run.given_up and run.ended and run.told == ["stopped after step 2, with a checkpoint"]
+    assert not run.stop.ask(), "nobody listens any more"
+
+
+async def test_one_that_has_a_checkpoint_makes_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = EndlessRun(tmp_path / "run")
+    await asked_in_its_third_step(loop_of(run, monkeypatch, checkpoint_every=1), run)
+    assert run.saved == [1, 2]
+
+
+async def test_what_comes_in_time_is_not_given_up() -> None:
+    stop = Stop()
+
+    async def soon() -> int:
+        await asyncio.sleep(0.2)
+        return 7
+
+    with stop.heard():
+        assert stop.ask()
+        assert await stop.unless_asked(soon()) == 7
+
+        async def fails() -> int:
+            raise ValueError("its own")
+
+        with pytest.raises(ValueError, match="its own"):
+            await stop.unless_asked(fails())
+
+
+def test_the_time_there_is_depends_on_who_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_JOB_STOP_WAIT_TIME_S", raising=False)
+    assert this_job() is None and seconds_given() == 18
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"metadata": {"job_submission_id": "raysubmit_1"}}))
+    assert this_job() == "raysubmit_1" and seconds_given() < 0, "Ray kills a job 3 s after it was stopped"
+    monkeypatch.setenv("RAY_JOB_STOP_WAIT_TIME_S", "60")
+    assert seconds_given() == 48
+
+
+def test_past_its_deadline_it_is_interrupted(tmp_path: Path) -> None:
+    code = """
+import asyncio, os, signal
+from lightning_ray.stopping import Stop
+from lightning_ray.trainer import stoppable
+
+async def work(stop):
+    with stop.heard():
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(60)
+
+stop = Stop()
+with stoppable(stop.ask):
+    try:
+        asyncio.run(work(stop))
+    except KeyboardInterrupt:
+        print("interrupted", stop._asked.is_set())
+"""
+    environment = os.environ | {"RAY_JOB_STOP_WAIT_TIME_S": "12.3"}
+    told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=50)
+    assert told.stdout == "interrupted True\n", told.stderr
+
+
+def test_without_a_run_that_listens_sigterm_is_an_interrupt() -> None:
+    with pytest.raises(KeyboardInterrupt), stoppable():
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pause()
