@@ -54,7 +54,7 @@ WORKERS = 2
 """Worker nodes at first."""
 FIRST_STEPS = 2
 """Made before the first kill, and after the last."""
-GONE_SECONDS = 30.0
+GONE_SECONDS = 90.0
 """For what a killed driver leaves, to end by itself."""
 FOREVER = 10_000
 """Steps, until it is known how many there are to be."""
@@ -121,22 +121,25 @@ class Chaos:
         self.recoveries: dict[str, list[float]] = {}
         self.others: dict[str, Any] = {"left_behind": []}
 
-    async def run(self, repeats: int, kills: tuple[str, ...] = tuple(KILLS)) -> dict[str, Any]:
-        """Begin, kill, end, check; the figures, and the run's ``summary``."""
-        await self._begin_alone()
+    async def run(self, repeats: int, kills: tuple[str, ...] = tuple(KILLS), alone: bool = True) -> dict[str, Any]:
+        """Begin, ``alone`` or on the cluster, kill, end, check; the figures, and the run's ``summary``."""
+        if alone:
+            await self._begin_alone()
         nodes = Nodes()
         driver = None
         try:
             nodes.start(WORKERS)
             scene = Scene(nodes, self.run_folder, self.notes)
-            driver = await self._resume(scene, FOREVER)
+            driver = self._start(FOREVER, nodes.address, resume=alone)
+            await self._goes_on(scene, driver, resumed=alone)
             for _ in range(repeats):
                 for name in kills:
                     await self._strike(scene, name)
             await scene.look_at_finished()
             driver.kill()
             steps = len(scene.steps()) + FIRST_STEPS
-            driver = await self._resume(scene, steps)
+            driver = self._start(steps, nodes.address, resume=True)
+            await self._goes_on(scene, driver, resumed=True)
             await self._left_on(scene)
             await scene.until(lambda: ended(driver), "the run has ended", LIMIT_SECONDS)
             scene.close()
@@ -149,7 +152,7 @@ class Chaos:
     async def _begin_alone(self) -> None:
         """The first steps, on a Ray of the run's own, whose driver is killed."""
         self.tick("a run on its own Ray")
-        driver = train(self.folder, self.kind, self.folder / "model", self.notes, steps=FOREVER)
+        driver = self._start(FOREVER)
         try:
             while not (latest := self.run_folder.latest_checkpoint()) or latest.name < f"step-{FIRST_STEPS:06d}":
                 driver.check()
@@ -162,23 +165,24 @@ class Chaos:
         self.others["left_behind"] += await asyncio.to_thread(gone, grown, GONE_SECONDS)
         self.others["gone_after_s"] = round(time.monotonic() - began, 1)
 
-    async def _resume(self, scene: Scene, steps: int) -> Driver:
-        """Resume, on the cluster; returns when a rollout is played, and enters how long that took."""
-        self.tick("--resume")
-        step = self.run_folder.read_state()["step"]
-        address = scene.nodes.address
-        driver = train(
-            self.folder, self.kind, self.folder / "model", self.notes, steps=steps, address=address, resume=True
-        )
+    def _start(self, steps: int, address: str | None = None, resume: bool = False) -> Driver:
+        self.tick("--resume" if resume else "it starts")
+        model = self.folder / "model"
+        return train(self.folder, self.kind, model, self.notes, steps=steps, address=address, resume=resume)
+
+    async def _goes_on(self, scene: Scene, driver: Driver, resumed: bool) -> None:
+        """Wait until the started run plays and has made a step; how long it took, if resumed, is entered."""
+        made = self.run_folder.read_state()["step"] if resumed else 0
         await scene.attach(driver)
 
         async def plays() -> bool:
             return any(note["mode"] == "train" for note in scene.fresh_notes(driver.began))
 
-        self._enter("driver", await scene.until(plays, "a resumed run plays") - driver.began)
-        await scene.until_step(step + 1)
-        self._enter("driver_step", time.time() - driver.began)
-        return driver
+        seconds = await scene.until(plays, "a started run plays") - driver.began
+        step_seconds = await scene.until_step(made + 1) - driver.began
+        if resumed:
+            self._enter("driver", seconds)
+            self._enter("driver_step", step_seconds)
 
     async def _strike(self, scene: Scene, name: str) -> None:
         """One kill, its recovery, and one step more."""

@@ -26,7 +26,7 @@ def main(kind: str, model: str, notes: str, address: str | None = None) -> None:
     shape: dict[str, Any] = (
         {"prompts_per_step": 8, "group_size": 8, "learning_rate": 6e-4, "minibatch_rollouts": 32}
         if kind == "sql"
-        else {"prompts_per_step": 8, "group_size": 4, "learning_rate": 2e-3, "warmup_steps": 1}
+        else {"prompts_per_step": 8, "group_size": 4, "learning_rate": 3e-4, "warmup_steps": 1}
     )
     algorithm = lr.GRPO(
         model=model,

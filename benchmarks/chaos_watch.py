@@ -154,12 +154,13 @@ class Scene:
 
     async def until(self, is_so: Callable[[], Awaitable[bool]], what: str, seconds: float = 2 * HANG_SECONDS) -> float:
         """Wait until something is so; when it was. What is asked may fail meanwhile. Raises TimeoutError."""
-        deadline, last = time.monotonic() + seconds, "it is not so"
+        deadline, last = time.monotonic() + seconds, ""
         while time.monotonic() < deadline:
             self.driver.check()
             try:
                 if await is_so():
                     return time.time()
+                last = ""
             except Exception as error:  # a part that is dead, and not yet known to be
                 last = f"{type(error).__name__}: {error}"[:500]
             await asyncio.sleep(LOOK_SECONDS)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.compute as pc
 from ray import serve
 
+from deployments.lifetime import CHECK_SECONDS, end_with
 from lightning_ray.capture.audience import POLICY
 from lightning_ray.capture.conversations import Attempt, Conversations
 from lightning_ray.capture.edge import Backend, CaptureEdge, Limits
@@ -44,7 +45,7 @@ READY_SECONDS = 60.0
 SWAPS_KEPT = 100
 
 
-@serve.deployment(name="policy", max_queued_requests=-1)
+@serve.deployment(name="policy", max_queued_requests=-1, health_check_period_s=CHECK_SECONDS)
 @serve.ingress()
 class Policy:
     """One replica: an AsyncLLM engine, vLLM's app over it, and capture around both."""
@@ -329,7 +330,11 @@ class Policy:
         return {"replica_id": self.replica_id, "digests": await self.engine.collective_rpc("lightning_ray_digest")}
 
     async def check_health(self) -> None:
-        """Raise when the engine is dead or a swap has been open past its deadline: Serve then restarts the replica."""
+        """Raise when the engine is dead or a swap has been open past its deadline: Serve then restarts the replica.
+
+        When the run is gone, its application is deleted.
+        """
+        await end_with(self.store.actors)
         if self.engine is None:
             return
         if self.given_up:

@@ -25,6 +25,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
+from deployments.lifetime import CHECK_SECONDS, end_with
 from deployments.store_api import StoreApiSettings, connect
 from lightning_ray.config import build
 from lightning_ray.errors import ConfigError
@@ -53,13 +54,20 @@ class RelaySettings(BaseModel):
     """What attempt keys are signed with. The variable LIGHTNING_RAY_SECRET goes first."""
 
 
-@serve.deployment(name="relay", max_ongoing_requests=8192, max_queued_requests=-1, graceful_shutdown_timeout_s=5)
+@serve.deployment(
+    name="relay",
+    max_ongoing_requests=8192,
+    max_queued_requests=-1,
+    graceful_shutdown_timeout_s=5,
+    health_check_period_s=CHECK_SECONDS,
+)
 @serve.ingress()
 class Relay:
-    """The only replica."""
+    """The only replica. One ``of_run`` ends with it."""
 
-    def __init__(self, upstreams: Mapping[str, Upstream], store: Store, secret: bytes):
+    def __init__(self, upstreams: Mapping[str, Upstream], store: Store, secret: bytes, of_run: bool = False):
         self.store = store
+        self.of_run = of_run
         self.relay = RelayApp(upstreams, secret, self._append, partial(spent_before, store))
 
     async def __serve_build_asgi_app__(self) -> RelayApp:
@@ -68,6 +76,11 @@ class Relay:
 
     async def _append(self, rows: list[dict[str, Any]]) -> None:
         await self.store.append_spans(spans_to_batch(rows), synced=False)
+
+    async def check_health(self) -> None:
+        """When its run is gone, its application is deleted."""
+        if self.of_run:
+            await end_with(self.store.actors)
 
     async def status(self) -> dict[str, Any]:
         """As ``GET /status``."""
@@ -80,12 +93,12 @@ def app(args: RelaySettings) -> serve.Application:
     return bind(read_upstreams(args.upstreams), store, find_secret(args.secret_file))
 
 
-def bind(upstreams: Mapping[str, Upstream], store: Store, secret: bytes) -> serve.Application:
-    """The application. Keys that this process's environment has go along with it."""
+def bind(upstreams: Mapping[str, Upstream], store: Store, secret: bytes, of_run: bool = False) -> serve.Application:
+    """The application; one ``of_run`` ends with it. Keys that this process's environment has go along with it."""
     check_upstreams(upstreams)
     deployment: Any = Relay
     known = {name: upstream.with_key() for name, upstream in upstreams.items()}
-    return deployment.options(ray_actor_options={"num_cpus": 0}).bind(known, store, secret)
+    return deployment.options(ray_actor_options={"num_cpus": 0}).bind(known, store, secret, of_run)
 
 
 def read_upstreams(path: Path) -> dict[str, Upstream]:

@@ -67,6 +67,11 @@ class Store(ABC):
         """What callers may rely on, in Agent Lightning's terms."""
         return {"thread_safe": False, "async_safe": True, "zero_copy": True, "otlp_traces": False}
 
+    @property
+    def actors(self) -> list[Any]:
+        """Handles of the Ray actors behind it."""
+        return []
+
     def otlp_traces_endpoint(self) -> str:
         """The URL to which OpenTelemetry exporters post traces. Raises StoreError if the store has none."""
         raise StoreError(

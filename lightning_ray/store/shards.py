@@ -61,6 +61,10 @@ class ShardedStore(Store):
     def __reduce__(self) -> tuple[Any, ...]:
         return ShardedStore, (self.shards,)
 
+    @property
+    def actors(self) -> list[Any]:
+        return [actor for shard in self.shards for actor in shard.actors]
+
     async def dequeue_many_rollouts(
         self,
         *,
