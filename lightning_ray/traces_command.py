@@ -71,7 +71,7 @@ def traces(given: argparse.Namespace) -> int:
     for bundle in bundles(every_span(export, view, rollouts, figures), BUNDLE):
         send(bundle)
         sent += len(bundle)
-    print(f"sent {sent} spans of {len(rollouts)} rollouts")
+    print(f"sent {sent} spans of {len(rollouts)} rollout{'s' * (len(rollouts) != 1)}")
     return 0
 
 
