@@ -26,6 +26,7 @@ from lightning_ray.semconv import (
     ATTEMPT_SPAN,
     CLIENT_SPAN,
     DROPPED_SPAN,
+    MODEL_CALL_NAMES,
     STEP_SPAN,
     TRAINED_SPAN,
     LightningResourceAttributes,
@@ -56,10 +57,10 @@ class TraceExport:
         trace = trace_id_of(rollout.rollout_id, attempt.attempt_id)
         yield self._root(rollout, attempt, trace, root, spans)
         for span in spans:
-            parent = span.attributes.get(CLIENT_SPAN) if span.span_id in calls else span.parent_id
+            parent = span.attributes.get(CLIENT_SPAN) or span.parent_id
             own = self._span(span, trace, parent if parent in ids else root, calls.get(span.span_id))
             yield own
-            if span.span_id in calls:
+            if is_captured(span):
                 yield from self._parts(span, own)
             if span.name in (TRAINED_SPAN, DROPPED_SPAN) and span.links:
                 step = span.links[0].context
@@ -108,11 +109,12 @@ class TraceExport:
         )
 
     def _span(self, span: Span, trace: str, parent: str, call: Sequence[int] | None) -> ReadableSpan:
-        by = "trainer" if span.name in _AFTERWARDS else "runner" if call is None else "policy"
+        by = "policy" if call is not None else "trainer" if span.name in _AFTERWARDS else "runner"
+        by = "relay" if call is None and is_captured(span) else by
         extra = span.__pydantic_extra__ or {}
         scope = extra.get("instrumentation_scope") or {}
-        attributes = span.attributes if call is None else _told_of_call(span, extra, call)
-        if self._content and call is not None:
+        attributes = _told_of_call(span, extra, call or ()) if is_captured(span) else span.attributes
+        if self._content and is_captured(span):
             attributes = {**attributes, "gen_ai.input.messages": json.dumps(span.attributes.get("request"))}
         return ReadableSpan(
             name=span.name,
@@ -122,7 +124,7 @@ class TraceExport:
             attributes=sanitize_attributes(self._shown(flatten_attributes(attributes))),
             events=[Event(e.name, sanitize_attributes(e.attributes), _nanoseconds(e.timestamp)) for e in span.events],
             links=[Link(_context(link.context.trace_id, link.context.span_id)) for link in span.links],
-            kind=SpanKind.SERVER if call is not None else SpanKind[extra.get("kind", "INTERNAL")],
+            kind=SpanKind.SERVER if is_captured(span) else SpanKind[extra.get("kind", "INTERNAL")],
             status=_status(span.status.status_code, span.status.description),
             start_time=_nanoseconds(span.start_time),
             end_time=_nanoseconds(span.end_time or span.start_time),
@@ -160,6 +162,12 @@ class TraceExport:
 
 
 _AFTERWARDS = (TRAINED_SPAN, DROPPED_SPAN)
+_CALLS = frozenset(MODEL_CALL_NAMES.values())
+
+
+def is_captured(span: Span) -> bool:
+    """Whether it is a model call as a replica or the relay saw it."""
+    return span.name in _CALLS and "timing" in span.attributes
 
 
 def _told_of_call(span: Span, columns: Mapping[str, Any], versions: Sequence[int]) -> dict[str, Any]:

@@ -12,6 +12,8 @@ import pytest
 from lightning_ray.capture.call import current_request
 from lightning_ray.capture.edge import Limits
 from lightning_ray.errors import InfrastructureError, StoreError
+from lightning_ray.semconv import CLIENT_SPAN
+from lightning_ray.trace_ids import to_header, trace_id_of
 from tests.capture_client import CHAT, Client, bearer, operator, respond, sampling
 
 AT = "/rollout/ro-1/attempt/at-1"
@@ -40,6 +42,15 @@ async def test_every_wire_api_becomes_a_span_of_its_attempt(client: Client, path
     assert row["status"] == "OK" and row["attributes"]["request"] == {"ids": [1, 2], "model": "policy"}
     [scope] = client.app.scopes
     assert (scope["path"], scope["raw_path"], scope["query_string"]) == (path, path.encode(), b"beta=true")
+
+
+async def test_a_call_is_of_its_attempt_s_trace_and_names_the_client_s_span(client: Client) -> None:
+    trace, span = trace_id_of("ro-1", "at-1"), "00f067aa0ba902b7"
+    for own in (to_header(trace, span), to_header("0" * 31 + "1", span)):
+        assert (await client.call(headers=[*bearer("ro-1", "at-1"), (b"traceparent", own.encode())]))[0] == 200
+    assert [row["trace_id"] for row in client.rows] == [trace] * 2
+    assert [row["attributes"].get(CLIENT_SPAN) for row in client.rows] == [span, None]
+    assert [row["parent_id"] for row in client.rows] == [None] * 2, "it stays where trajectories look for it"
 
 
 async def test_the_app_gets_the_body_whole_and_as_it_was_sent(client: Client) -> None:

@@ -353,6 +353,15 @@ def test_answers_in_unknown_shapes_reach_the_caller(trace: AttemptTrace) -> None
     assert only(trace)["gen_ai.request.model"] == "m"
 
 
+def test_a_call_says_which_span_it_comes_from(client: openai.OpenAI, stub: Stub) -> None:
+    client.chat.completions.create(**REQUEST)
+    with traced(AttemptTrace("r", "a")) as trace:
+        client.chat.completions.create(**REQUEST)
+        client.chat.completions.create(**REQUEST, extra_headers={"TraceParent": "00-mine"})
+    told = [request.headers.get("traceparent") for request in stub.asked]
+    assert told == [None, f"00-{trace.trace_id}-{trace.spans[0]['span_id']}-01", "00-mine"]
+
+
 def test_a_call_is_made_by_the_agent_at_work(client: openai.OpenAI, stub: Stub, trace: AttemptTrace) -> None:
     client.chat.completions.create(**REQUEST)
     with lr.operation(**{"agent.name": "Plänér 1"}) as op:
