@@ -5,11 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+import ray
+from opentelemetry.sdk.trace import ReadableSpan
 from rich.console import Console
 
 from lightning_ray.algorithms.grpo import GRPO
@@ -19,6 +24,10 @@ from lightning_ray.config import EngineSettings, RunnerSettings
 from lightning_ray.progress import Reporter
 from lightning_ray.run import Run
 from lightning_ray.run_folder import RunFolder
+from lightning_ray.semconv import ATTEMPT_SPAN, TRAINED_SPAN
+from lightning_ray.store.view import open_folder
+from lightning_ray.trace_export import TraceExport
+from lightning_ray.traces_command import every_span
 from tests.e2e.tiny import make_tiny_model, two_turns
 
 pytestmark = pytest.mark.e2e
@@ -38,6 +47,31 @@ def settings(steps: int, **more: Any) -> GRPO:
     return GRPO(model=make_tiny_model, steps=steps, engine=engine, **{**values, **more})
 
 
+async def scraped(*wanted: str) -> dict[str, dict[str, float]]:
+    """Metrics of the Ray that is up, by series and the tags that tell its own apart, once ``wanted`` are among them."""
+    [node] = ray.nodes()
+    address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    found: dict[str, dict[str, float]] = defaultdict(dict)
+    async with asyncio.timeout(60), httpx.AsyncClient(timeout=10) as client:
+        while not set(wanted) <= found.keys():
+            await asyncio.sleep(0.5)
+            for name, tags, value in re.findall(
+                r"^ray_lightning_ray_(\w+)\{(.*)\} (\S+)$", (await client.get(address)).text, re.M
+            ):
+                own = re.findall(r'\b(?:part|status|reason|figure|phase|finish)="([^"]*)"', tags)
+                found[name][",".join(own)] = float(value)
+    return found
+
+
+def traces(path: Path) -> list[dict[str, ReadableSpan]]:
+    """The trace of each rollout that was trained on, by what its spans are called and by which service they are."""
+    view = open_folder(path / "store")
+    by_trace: dict[int, dict[str, ReadableSpan]] = defaultdict(dict)
+    for span in every_span(TraceExport(path.name), view, list(view.query_rollouts()), {}):
+        by_trace[span.context.trace_id][f"{span.resource.attributes['service.name']} {span.name}"] = span
+    return [found for found in by_trace.values() if any(name.endswith(TRAINED_SPAN) for name in found)]
+
+
 async def test_stale_tokens_stay_within_the_bound_and_a_killed_rank_is_replaced(tmp_path: Path) -> None:
     run = make_run(tmp_path / "async")
     loop = TrainingLoop(settings(8, max_staleness=2, checkpoint_every=3), run)
@@ -48,8 +82,11 @@ async def test_stale_tokens_stay_within_the_bound_and_a_killed_rank_is_replaced(
             if learning.done():
                 await learning
         [pid] = await run.cluster.trainers.call("pid", timeout=30.0)
+        names = {actor.rpartition("-")[0] or actor for actor in ray.util.list_named_actors()}
         os.kill(pid, signal.SIGKILL)
         await asyncio.wait_for(learning, 150)
+        assert {"run/runner-0", "run/trainer", "run/store"} <= names
+        metrics = await scraped("queue_length", "call_seconds_count", "replica_proved", "update", "restarts")
     finally:
         learning.cancel()
         await run.close()
@@ -64,6 +101,22 @@ async def test_stale_tokens_stay_within_the_bound_and_a_killed_rank_is_replaced(
     assert any("time.restart" in row for row in rows) and rows[-1]["swap_gb_per_s"] > 0
     versions = [row["weight_version"] for row in rows]
     assert versions == sorted(set(versions)), "a version number came twice"
+
+    assert metrics["step"] == {"": 8.0} and metrics["replica_proved"] == {"": 1.0}
+    assert metrics["restarts"]["trainer"] == 1 and metrics["restarts"]["store"] == metrics["restarts"]["runner"] == 0
+    assert metrics["staleness_max"][""] <= metrics["staleness_bound"][""] == 2
+    assert metrics["call_seconds_count"].keys() == {"queue", "first_token", "total"}
+    assert metrics["update"]["entropy"] > 0 and metrics["phase_seconds_total"]["update"] > 0
+
+    trained = traces(tmp_path / "async")
+    assert len(trained) == summary["rollouts_trained"] > 0
+    for found in trained:
+        root, last = found[f"async/runner {ATTEMPT_SPAN}"], found[f"async/trainer {TRAINED_SPAN}"]
+        client, call = (found[f"async/{by} openai.chat.completion"] for by in ("runner", "policy"))
+        decode = found["async/policy lightning_ray.decode"]
+        assert root.parent is None and last.parent == client.parent == root.context
+        assert call.parent == client.context and decode.parent == call.context
+        assert root.start_time < call.start_time < call.end_time < root.end_time < last.end_time
 
 
 async def test_three_steps_and_three_more_equal_six(tmp_path: Path) -> None:
