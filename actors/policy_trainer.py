@@ -12,6 +12,7 @@ import asyncio
 import os
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -22,6 +23,7 @@ from actors.names import shown_name
 from lightning_ray.deaths import Death, Process, death_of, here
 from lightning_ray.deaths.process import Whereabouts
 from lightning_ray.errors import InfrastructureError, LightningRayError, TrainersLostError
+from lightning_ray.mirror.nodes import hand_over, present
 from lightning_ray.net import free_port
 from lightning_ray.policy.settings import UpdateSettings
 
@@ -61,6 +63,8 @@ class PolicyTrainer:
 
     def start(self, master_address: str, master_port: int) -> None:
         """Import verl, join the other ranks and load the model: seconds to minutes."""
+        for model in (self.settings.model_path, self.settings.reference.model):
+            present(Path(model or self.settings.model_path))
         from lightning_ray.policy.update import PolicyUpdater
 
         self.updater = PolicyUpdater(self.settings, self.rank, self.world_size, master_address, master_port)
@@ -74,8 +78,11 @@ class PolicyTrainer:
     def save(self, folder: str) -> None:
         self.updater.save(folder)
 
+    def hand_over(self, folder: str, final: str) -> None:
+        hand_over(Path(folder), Path(final))
+
     def load(self, folder: str) -> None:
-        self.updater.load(folder)
+        self.updater.load(str(present(Path(folder))))
 
     def load_transfer(self, transfer: str) -> None:
         """Import the weight transfer now (seconds), so that the first swap need not wait for it."""
@@ -176,6 +183,15 @@ class PolicyTrainerGroup:
     async def save(self, folder: str, timeout: float = 600.0) -> None:
         """Write a checkpoint into a folder that all ranks see; see ``PolicyUpdater.save``."""
         await self.call("save", folder, timeout=timeout)
+
+    async def hand_over(self, folder: str, final: str, timeout: float = 600.0) -> None:
+        """Of a run at a URL: have what other nodes wrote into a folder sent to where ``final`` is mirrored."""
+        here = ray.get_runtime_context().get_node_id()
+        first = {process.node_id: rank for rank, process in reversed(list(enumerate(self._processes)))}
+        elsewhere = sorted(rank for node, rank in first.items() if node != here)
+        calls = [self.ranks[rank].hand_over.remote(folder, final) for rank in elsewhere]
+        if calls:
+            await self.answers(calls, "hand_over", timeout)
 
     async def load(self, folder: str, timeout: float = 600.0) -> None:
         """Go on from a checkpoint; see ``PolicyUpdater.load``."""

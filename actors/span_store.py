@@ -19,6 +19,7 @@ import ray
 
 from actors.names import shown_name
 from lightning_ray.errors import InfrastructureError, LightningRayError, StoreError
+from lightning_ray.mirror import url_of
 from lightning_ray.store.core import SpanStore
 from lightning_ray.store.line import Answer, Envelope, LineServer
 from lightning_ray.store.log import Fsync
@@ -157,6 +158,8 @@ def start_shards(
     path = Path(folder).absolute()
     path.mkdir(parents=True, exist_ok=True)
     layout = check_layout(path, shards)
+    if url_of(path) is not None:  # the driver mirrors it
+        node_ids = [ray.get_runtime_context().get_node_id()] * shards
     options: dict[str, Any] = {
         "fsync": fsync,
         "lease_seconds": lease_seconds,

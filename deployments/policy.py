@@ -16,6 +16,7 @@ import uuid
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.compute as pc
@@ -28,6 +29,7 @@ from lightning_ray.capture.edge import Backend, CaptureEdge, Limits
 from lightning_ray.capture.engine import CapturedEngine
 from lightning_ray.config import EngineSettings
 from lightning_ray.metrics.replica import ReplicaMetrics
+from lightning_ray.mirror.nodes import present
 from lightning_ray.policy.adapter_serving import AdapterRequests, with_adapter
 from lightning_ray.policy.engine_arguments import engine_arguments
 from lightning_ray.policy.engine_load import EngineLoad
@@ -94,6 +96,7 @@ class Policy:
 
         from lightning_ray.policy.canary_scheduler import with_canaries_first
 
+        await asyncio.to_thread(present, Path(self.model))
         settings = self.settings
         parser = make_arg_parser(FlexibleArgumentParser())
         args = parser.parse_args(engine_arguments(self.model, self.model_name, settings))

@@ -1,4 +1,4 @@
-"""The command line: ``lightning-ray train PATH``, ``eval PATH``, ``spans SQL``, ``doctor RUN`` and ``replay RUN``."""
+"""The command line: ``lightning-ray train PATH``, ``eval PATH``, ``spans SQL``, ``doctor RUN``, ``jobs`` and others."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from lightning_ray.doctor_command import add_doctor_command, doctor
 from lightning_ray.errors import ConfigError, LightningRayError
 from lightning_ray.eval_command import add_eval_command, evaluate_command
 from lightning_ray.export_command import add_export_command, export_command
+from lightning_ray.jobs_command import add_job_commands, job_command
 from lightning_ray.launch import Launch, launched, parse_setting
 from lightning_ray.replay_command import add_replay_command, replay
 from lightning_ray.spans_command import add_spans_command, spans
@@ -28,6 +29,7 @@ READING = {
     "traces": traces,
 }
 """Commands that start no run."""
+JOBS = ("submit", "jobs", "stop", "resume")
 
 
 def entry() -> None:
@@ -51,6 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if reading is not None:
             return reading(given)
+        if given.command in JOBS:
+            return job_command(given, script)
         return evaluate_command(given, script, run_script) if given.command == "eval" else train(given, script)
     except LightningRayError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -78,13 +82,8 @@ def parser() -> argparse.ArgumentParser:
         help="run a training script, or the train.py of a folder",
         usage="lightning-ray train PATH [--name NAME] [--runs-dir DIR] [--resume] [--set KEY=VALUE]... [-- ARGUMENTS]",
     )
-    command.add_argument("path", type=Path, help="a Python file that calls Trainer.fit, or a folder with a train.py")
-    command.add_argument("--name", help="the run's name: its folder is runs/NAME")
-    command.add_argument("--runs-dir", help="where the run's folder is made: a folder or a URL (default: runs)")
-    command.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
-    command.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, e.g. algorithm.steps=5"
-    )
+    add_training_arguments(command)
+    add_job_commands(commands, add_training_arguments)
     add_eval_command(commands)
     add_spans_command(commands)
     add_doctor_command(commands)
@@ -93,6 +92,17 @@ def parser() -> argparse.ArgumentParser:
     add_dashboards_command(commands)
     add_traces_command(commands)
     return top
+
+
+def add_training_arguments(command: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``train``, which ``submit`` has too."""
+    command.add_argument("path", type=Path, help="a Python file that calls Trainer.fit, or a folder with a train.py")
+    command.add_argument("--name", help="the run's name: its folder is runs/NAME")
+    command.add_argument("--runs-dir", help="where the run's folder is made: a folder or a URL (default: runs)")
+    command.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, e.g. algorithm.steps=5"
+    )
 
 
 def train(given: argparse.Namespace, arguments: list[str]) -> int:

@@ -159,6 +159,7 @@ class Run:
         self.reporter.note(f"the trainer ranks are started anew: {reason}")
         for policy in self.policies.values():
             policy.trainers.stop()
+        await self._mirrored("the last checkpoint")  # from where other nodes get it
         latest = self.folder.latest_checkpoint()
         if latest is not None:
             self.state = RunState.of(self.folder.read_state())
@@ -289,6 +290,8 @@ class Run:
         writing = self.folder.begin_checkpoint(self.state.step)
         for policy in self.policies.values():
             await policy.save(writing)
+            if self.mirror is not None:
+                await policy.hand_over(writing, self.folder.checkpoint(self.state.step))
         self.state.seconds = self.elapsed()
         self.folder.commit_checkpoint(writing, self.state.step, asdict(self.state))
         if self.mirror is not None:

@@ -32,6 +32,7 @@ README = """# Run {name}
 | `steps.jsonl` | for each step the groups of rollouts that it settled, in order, and the version of the weights |
 | `report.html`, `best/` | where prompts were optimised: every candidate with its critique, and the best templates |
 | `config.json` | the resolved settings |
+| `owner.json` | who works on it, or did last: process, host and Ray job |
 | `ray.json` | while it runs: Ray's address and namespace, and the name of the store's actor |
 | `checkpoints/` | models in Hugging Face format, each with the state of its training; `latest` names the last |
 | `store/` | every rollout and span: `lightning-ray spans "SELECT ..." FOLDER`, or `lightning_ray.store.open_folder` |
@@ -106,6 +107,10 @@ class RunFolder:
         """What of a checkpoint is the policy's."""
         return checkpoint
 
+    def checkpoint(self, step: int) -> Path:
+        """The folder of the checkpoint after ``step`` steps."""
+        return self.checkpoints / f"step-{step:06d}"
+
     def begin_checkpoint(self, step: int) -> Path:
         """A fresh folder to write the checkpoint after ``step`` steps into."""
         folder = self.checkpoints / f".writing-{step:06d}"
@@ -114,8 +119,9 @@ class RunFolder:
 
     def commit_checkpoint(self, folder: Path, step: int, state: dict[str, Any]) -> Path:
         """Make a written checkpoint the latest, in one step that a crash cannot split; drop the oldest."""
+        folder.mkdir(exist_ok=True)  # all ranks may be on other nodes
         write_json(folder / "run_state.json", state)
-        final = self.checkpoints / f"step-{step:06d}"
+        final = self.checkpoint(step)
         shutil.rmtree(final, ignore_errors=True)
         folder.rename(final)
         pointer = self.checkpoints / ".latest"

@@ -146,6 +146,10 @@ class TrainedPolicy:
         """Write weights and optimizer into the policy's part of a checkpoint."""
         await self.trainers.save(str(self.part(checkpoint)))
 
+    async def hand_over(self, writing: Path, checkpoint: Path) -> None:
+        """Of a run at a URL: have what ranks on other nodes wrote sent there, as this checkpoint's."""
+        await self.trainers.hand_over(str(self.part(writing)), str(self.part(checkpoint)))
+
     def part(self, checkpoint: Path) -> Path:
         """Its folder of a checkpoint's: a folder in it, where there are several policies."""
         return checkpoint if self.name == ONLY else checkpoint / self.name

@@ -25,7 +25,8 @@ from lightning_ray.mirror import mirror as mirror_module
 from lightning_ray.mirror.claim import RECORD, Owner, read_owner
 from lightning_ray.mirror.copying import RunCopy
 from lightning_ray.mirror.mirror import Mirror
-from lightning_ray.mirror.pull import everything, fetched, present, pull
+from lightning_ray.mirror.nodes import hand_over, present
+from lightning_ray.mirror.pull import everything, fetched, pull
 from lightning_ray.mirror.remote import RemoteFolder
 from lightning_ray.mirror.taking_up import take_up
 from lightning_ray.run_folder import RunFolder
@@ -290,6 +291,19 @@ def test_a_model_is_brought_to_other_nodes_and_a_changed_one_again(runs: str, ma
     assert present(Path("runs/sql/model")) == Path("runs/sql/model")
     with pytest.raises(InfrastructureError, match="is not on this node, and there is nothing at"):
         present(run_place(runs, "never") / "model")
+
+
+def test_what_ranks_on_another_node_wrote_is_at_the_url_and_comes_back(runs: str, machines: Machines) -> None:
+    machines("node")
+    checkpoints = run_place(runs, "sql") / "checkpoints"
+    writing = checkpoints / ".writing-000003"
+    (writing / "trainer_state").mkdir(parents=True)
+    (writing / "trainer_state" / "rank_1.pt").write_text("moments")
+    hand_over(writing, checkpoints / "step-000003")
+    assert not writing.exists()
+    machines("first")
+    brought = present(run_place(runs, "sql") / "checkpoints" / "step-000003")
+    assert (brought / "trainer_state" / "rank_1.pt").read_text() == "moments"
 
 
 # The claim

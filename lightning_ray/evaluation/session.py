@@ -26,12 +26,14 @@ from lightning_ray.evaluation.serving import ServedModels
 from lightning_ray.evaluation.settings import EvaluationSettings, Sampling
 from lightning_ray.evaluation.subject import Subject
 from lightning_ray.events import Events
+from lightning_ray.mirror.copying import send_evaluation
 from lightning_ray.progress import Reporter, Stage, as_current
 from lightning_ray.relay.settings import Upstream
 from lightning_ray.run_folder import RunFolder, write_json
 from lightning_ray.run_rollouts import RunRollouts
 from lightning_ray.run_state import ONLY
 from lightning_ray.store.base import Store
+from lightning_ray.threads import in_thread
 from lightning_ray.types import LLM, Dataset, EnqueueRolloutRequest
 
 if TYPE_CHECKING:
@@ -94,6 +96,7 @@ class EvaluationSession:
         seconds = time.perf_counter() - began
         report = EvaluationReport(folder.path, self._told, data, self._settings, self._sampling, plays, seconds)
         report.write()
+        await in_thread(send_evaluation, folder.path)
         return report
 
     def _cluster(self, name: str) -> Cluster:

@@ -116,6 +116,14 @@ class RunCopy:
         self.remote.remove([name for name, step in step_of.items() if step in old])
 
 
+def send_evaluation(path: Path) -> None:
+    """Send an evaluation's folder to its URL, if it is the place of one; what was there is replaced."""
+    if (url := url_of(path)) is not None:
+        remote = RemoteFolder(url)
+        remote.remove(list(remote.files()))
+        RunCopy(path).round()
+
+
 def files_below(folder: Path) -> list[Path]:
     """All files of a folder, behind links too."""
     return sorted(Path(at) / name for at, _, names in os.walk(folder, followlinks=True) for name in names)

@@ -22,19 +22,6 @@ TRIES = 10
 """Times to look again, as the run went on meanwhile."""
 
 
-def present(path: Path) -> Path:
-    """The path, with what its URL has; of any other path just that. For models and checkpoints, which do not change.
-
-    Raises InfrastructureError if there is nothing at the URL either.
-    """
-    url = url_of(path)
-    if url is None:
-        return path
-    if not _bring(path, RemoteFolder(url), everything) and not path.exists():
-        raise InfrastructureError(f"{path} is not on this node, and there is nothing at {url}")
-    return path
-
-
 def pull(path: Path, wanted: Wanted) -> None:
     """Make a run's place like what of its URL is wanted; all else goes.
 
@@ -50,7 +37,7 @@ def pull(path: Path, wanted: Wanted) -> None:
         RunFolder(path).set_aside()
     for _ in range(TRIES):
         try:
-            _bring(path, remote, wanted)
+            bring(path, remote, wanted)
         except FileNotFoundError:  # a store's files are replaced by others
             listed = remote.files()
             continue
@@ -86,7 +73,7 @@ def fetched(path: Path, wanted: Wanted, needed: bool = True) -> Path:
     return path
 
 
-def _bring(path: Path, remote: RemoteFolder, wanted: Wanted) -> bool:
+def bring(path: Path, remote: RemoteFolder, wanted: Wanted) -> bool:
     """Fetch what is not here; whether there is anything."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with _alone(path):
