@@ -45,6 +45,7 @@ class Nodes:
 
     def __init__(self) -> None:
         self.temp = Path(tempfile.mkdtemp(prefix="lr-", dir=short_temp()))
+        self._front_door = haproxy_environment(self.temp / "haproxy")
         self._cluster: Any = None
 
     def start(self, workers: int) -> None:
@@ -52,7 +53,7 @@ class Nodes:
         from ray.cluster_utils import Cluster
 
         os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
-        with environment(haproxy_environment(self.temp / "haproxy")):
+        with environment(self._front_door):
             self._cluster = Cluster(
                 initialize_head=True,
                 head_node_args={
@@ -79,7 +80,8 @@ class Nodes:
 
     def add(self) -> None:
         """One more worker node."""
-        self._cluster.add_node(num_cpus=NODE_CPUS, object_store_memory=2**28, include_dashboard=False)
+        with environment(self._front_door):
+            self._cluster.add_node(num_cpus=NODE_CPUS, object_store_memory=2**28, include_dashboard=False)
 
     def workers(self) -> list[str]:
         """The (hex) ids of the worker nodes."""

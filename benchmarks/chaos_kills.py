@@ -10,6 +10,7 @@ import psutil
 from ray import serve
 
 from benchmarks.chaos_cluster import Actor, actors, kill
+from benchmarks.chaos_train import RUNNERS
 from benchmarks.chaos_watch import Scene
 from lightning_ray.threads import in_thread
 from lightning_ray.types import TERMINAL_ROLLOUT
@@ -25,7 +26,7 @@ class Struck(NamedTuple):
 
 
 async def runner(scene: Scene) -> Struck:
-    """The runner that plays most. Back: its place plays again, and so does, or has ended, each rollout that it lost."""
+    """The runner that plays most. Back: as many play as before, and what it lost is played again or has ended."""
     playing = await scene.playing()
     victim = max(actors("RunnerActor"), key=lambda actor: len(playing.get(actor.name, ())))
     return Struck(kill(victim.pid), runners_back(scene, {victim.name: playing.get(victim.name, [])}))
@@ -138,12 +139,11 @@ def haproxy_of(manager: Actor) -> list[psutil.Process]:
 
 
 def runners_back(scene: Scene, lost: dict[str, list[str]]) -> Question:
-    """Whether each place of these runners plays again, and so do, or have ended, the rollouts that each lost."""
+    """Whether as many runners play without these, and what each of them lost is played again or has ended."""
 
     async def back() -> bool:
         playing = await scene.playing()
-        places = {place_of(worker) for worker in playing if worker not in lost}
-        if not all(place_of(worker) in places for worker in lost):
+        if len(playing.keys() - lost.keys()) < RUNNERS:
             return False
         rollouts = [rollout_id for ids in lost.values() for rollout_id in ids]
         played = {rollout_id for worker, ids in playing.items() if worker not in lost for rollout_id in ids}
@@ -152,11 +152,6 @@ def runners_back(scene: Scene, lost: dict[str, list[str]]) -> Question:
         return all(rollout.status in TERMINAL_ROLLOUT for rollout in found)
 
     return back
-
-
-def place_of(worker: str) -> str:
-    """The pool's place that a runner's life is one of."""
-    return worker.rpartition("-")[0]
 
 
 async def replicas_back(scene: Scene, count: int, lost: set[str]) -> Question:

@@ -17,6 +17,7 @@ from tests.e2e.tiny import WORDS, make_tiny_model
 
 PAUSE = {"sql": 0.5, "words": 0.3}
 """Seconds that the tool takes."""
+RUNNERS = 2
 SEED = 101
 
 
@@ -39,7 +40,7 @@ def main(kind: str, model: str, notes: str, address: str | None = None) -> None:
         seed=SEED,
         engine=lr.EngineSettings(replicas=2, max_model_len=256, max_num_seqs=64, kv_cache_memory_mb=32),
     )
-    lr.Trainer(algorithm=algorithm, n_runners=2, concurrency=16, name="chaos", address=address).fit(
+    lr.Trainer(algorithm=algorithm, n_runners=RUNNERS, concurrency=16, name="chaos", address=address).fit(
         AGENTS[kind], train_dataset=train, val_dataset=val, test_dataset=test
     )
 

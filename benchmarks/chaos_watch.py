@@ -76,6 +76,7 @@ class Scene:
         self.longest_pause = 0.0
         """Seconds without any progress."""
         self._progress = time.monotonic()
+        self._policy: Any = None
         self._seen: tuple[Any, ...] = ()
         self._watching: asyncio.Task[None] | None = None
 
@@ -89,14 +90,15 @@ class Scene:
             if not about.exists() or about.stat().st_mtime < driver.began:
                 return False
             where = json.loads(about.read_text())
-            self.application = where["namespace"]
             actor = ray.get_actor(where["store"], namespace=where["namespace"])
             self.store = StoreClient(actor, deadline=HANG_SECONDS)
             await self.store.statistics()
             return True
 
         await self.until(is_up, "the span store is up")
+        self.application = json.loads(about.read_text())["namespace"]
         self.probe.attach(self.store)
+        self._policy = None
         if self._watching is None:
             self._watching = asyncio.create_task(self._watch())
 
@@ -119,8 +121,9 @@ class Scene:
 
     async def replicas(self) -> list[dict[str, Any]]:
         """What each replica says of itself. Raises if one that is dead is not yet known to be."""
-        handle: Any = serve.get_deployment_handle("policy", self.application)
-        return await in_thread(lambda: handle.broadcast("describe").results(timeout_s=CALL_SECONDS))
+        if self._policy is None:
+            self._policy = serve.get_deployment_handle("policy", self.application)
+        return await in_thread(lambda: self._policy.broadcast("describe").results(timeout_s=CALL_SECONDS))
 
     async def given(self) -> Counter[str]:
         """How many calls HAProxy has given to each replica that it knows."""
