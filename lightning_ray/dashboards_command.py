@@ -143,7 +143,7 @@ def next_steps(root: Path) -> list[str]:
     return [
         "",
         f"prometheus --web.enable-lifecycle --config.file={root / 'prometheus' / 'prometheus.yml'}",
-        f"grafana server --config={root / 'grafana' / 'grafana.ini'}",
+        f"grafana server --homepath /usr/share/grafana --config={root / 'grafana' / 'grafana.ini'}",
         "",
         "What runs already: curl -X POST http://localhost:9090/-/reload; Grafana looks for itself every few seconds.",
         "Then http://localhost:3000/d/lightning-ray, and the metrics page of Ray's dashboard. Where they are elsewhere",
