@@ -59,8 +59,8 @@ class RunRollouts:
 
     async def cancel_leftovers(self) -> None:
         """Rollouts that an interrupted run left open are played again under new ids."""
-        for rollout in await self._store.query_rollouts(status_in=["queuing", "preparing", "running", "requeuing"]):
-            await self._store.update_rollout(rollout.rollout_id, status="cancelled")
+        left = await self._store.query_rollouts(status_in=["queuing", "preparing", "running", "requeuing"])
+        await asyncio.gather(*(self._store.update_rollout(each.rollout_id, status="cancelled") for each in left))
 
     def request(
         self, task: Any, mode: RolloutMode, resources_id: str, metadata: dict[str, Any]

@@ -29,7 +29,11 @@ from lightning_ray.types import AttemptedRollout
 
 LEASE_WAIT_SECONDS = 5.0
 LEASE_AT_ONCE = 16
-"""Rollouts leased by one call: the rest is left to other runners."""
+"""Rollouts leased by one call, or a sixteenth of the slots if that is more: the rest is left to other runners."""
+WORTH_A_LEASE = 64
+"""A call costs about the same whatever it brings: with fewer slots free than one in so many, more are waited for."""
+GATHER_SECONDS = 0.05
+"""For how long."""
 HEARTBEAT_SECONDS = 2.0
 EXPORT_SECONDS = 1.0
 STUCK_SHARE = 0.5
@@ -85,6 +89,10 @@ class Runner:
         """How many attempts are being played."""
         return len(self._playing)
 
+    @property
+    def _free(self) -> int:
+        return self._concurrency - len(self._playing)
+
     def drain(self, reason: str) -> None:
         """Lease nothing more; ``run`` returns when what is being played has ended."""
         self._draining = self._draining or reason
@@ -97,8 +105,8 @@ class Runner:
         background = [asyncio.create_task(work) for work in (self._beat(), self._export())]
         try:
             while self._draining is None:
-                if free := self._concurrency - len(self._playing):
-                    for rollout in await self._lease(min(free, LEASE_AT_ONCE)):
+                if self._free:
+                    for rollout in await self._lease():
                         self._start(rollout)
                 else:
                     await self._change()
@@ -115,7 +123,13 @@ class Runner:
                 watchdog.close()
             await self._calls.close()
 
-    async def _lease(self, limit: int) -> list[AttemptedRollout]:
+    async def _lease(self) -> list[AttemptedRollout]:
+        """Rollouts for the free slots, or some of them."""
+        if self._free < self._concurrency // WORTH_A_LEASE:
+            await asyncio.sleep(GATHER_SECONDS)
+            if self._draining is not None:
+                return []
+        limit = min(self._free, max(LEASE_AT_ONCE, self._concurrency // LEASE_AT_ONCE))
         return await self._store.dequeue_many_rollouts(
             limit=limit, worker_id=self.worker_id, timeout=LEASE_WAIT_SECONDS
         )
@@ -158,8 +172,8 @@ class Runner:
         """Send the spans of attempts that go on, and look for agents that are stuck."""
         while True:
             await asyncio.sleep(EXPORT_SECONDS)
-            plays = list(self._playing.values())
-            taken = [(play, play.take()) for play in plays]
+            plays = [play for play in self._playing.values() if not play.is_telling]
+            taken = [(play, rows) for play in plays if (rows := play.take())]
             try:
                 await self._stage.reports.append([row for _, rows in taken for row in rows])
                 for play, rows in taken:

@@ -18,6 +18,7 @@ import asyncio
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 
@@ -59,6 +60,9 @@ class GroupFlow:
         self._last = last
         self._live: dict[str, Group] = {}
         self._waiting: dict[str, asyncio.Task[None]] = {}
+        self._done: dict[str, Group] = {}
+        """Live groups whose waiting is over."""
+        self._one_done = asyncio.Event()
         self._taken: dict[str, Group] = {}
         self._later: list[Group] = []
 
@@ -103,19 +107,19 @@ class GroupFlow:
         keep their slots until ``release``.
         """
         while True:
-            ended = [group for group in self._live.values() if self._waiting[group.group_id].done()]
+            self._one_done.clear()
+            ended = list(self._done.values())
             for group in ended:
                 self._waiting[group.group_id].result()
             if len(ended) >= min(count, len(self._live)) and self._rest_is_in_time(ended, version):
                 break
-            pending = [task for task in self._waiting.values() if not task.done()]
-            if not pending:
-                raise AssertionError(f"groups too old to be trained at version {version}: {list(self._live.values())}")
-            await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            if len(ended) == len(self._live):
+                raise AssertionError(f"groups too old to be trained at version {version}: {ended}")
+            await self._one_done.wait()
         chosen = sorted(ended, key=lambda group: (group.version, group.position))[:count]
         for group in chosen:
             self._taken[group.group_id] = self._live.pop(group.group_id)
-            del self._waiting[group.group_id]
+            del self._waiting[group.group_id], self._done[group.group_id]
         return sorted(chosen, key=lambda g: g.position)
 
     def _rest_is_in_time(self, ended: Sequence[Group], version: int) -> bool:
@@ -145,7 +149,7 @@ class GroupFlow:
         for task in self._waiting.values():
             task.cancel()
         await asyncio.gather(*self._waiting.values(), return_exceptions=True)
-        self._live, self._waiting, self._taken, self._later = {}, {}, {}, []
+        self._live, self._waiting, self._done, self._taken, self._later = {}, {}, {}, {}, []
         if rollouts:
             await self._player.cancel(rollouts)
 
@@ -154,4 +158,10 @@ class GroupFlow:
             await self._player.queue(groups)
         for group in groups:
             self._live[group.group_id] = group
-            self._waiting[group.group_id] = asyncio.create_task(self._player.wait(group.rollout_ids))
+            waiting = self._waiting[group.group_id] = asyncio.create_task(self._player.wait(group.rollout_ids))
+            waiting.add_done_callback(partial(self._note_done, group))
+
+    def _note_done(self, group: Group, _: asyncio.Task[None]) -> None:
+        if group.group_id in self._live:
+            self._done[group.group_id] = group
+            self._one_done.set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -51,8 +52,8 @@ class GroupPlayer:
 
     async def cancel(self, rollout_ids: Sequence[str]) -> None:
         """Stop those that have not ended."""
-        for rollout_id in rollout_ids:
-            await self._run.store.update_rollout(rollout_id, status="cancelled")
+        update = self._run.store.update_rollout
+        await asyncio.gather(*(update(rollout_id, status="cancelled") for rollout_id in rollout_ids))
 
     def _metadata(self, group: Group, index: int) -> dict[str, Any]:
         metadata: dict[str, Any] = {"group_id": group.group_id, "position": group.position}

@@ -70,6 +70,8 @@ class Play:
         self.deadline = None if timeout is None else time.monotonic() + timeout
         self._stage = stage
         self._end: asyncio.Future[Outcome | None] = asyncio.get_running_loop().create_future()
+        self.is_telling = False
+        """Whether what is unsent is on its way to the store."""
         self._unsent: list[Row] = []
         self._defect: StoreError | None = None
 
@@ -181,6 +183,7 @@ class Play:
         if self._defect is not None and outcome is not None and outcome.status == "succeeded":
             outcome = self._failed_by(self._defect)
         rows = self.take()
+        self.is_telling = True
         try:
             await self._report(outcome, rows)
         except UnstorableError as error:
@@ -189,6 +192,8 @@ class Play:
                 outcome = self._failed_by(error)
             rows = self.take()
             await self._report(outcome, rows)
+        finally:
+            self.is_telling = False
         self.sent(rows)
 
     async def _report(self, outcome: Outcome | None, rows: list[Row]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -46,20 +47,28 @@ class LocalStoreClient(Store):
 class StoreClient(Store):
     """A store behind a Ray actor (``actors.span_store``). Works wherever Ray does, and can be pickled.
 
-    ``deadline`` is how many seconds a call may go without an answer, beyond the time it asked to wait.
+    ``deadline`` is how many seconds a call may go without an answer, beyond the time it asked to wait. Without ``line``
+    all goes through Ray, as it does from another machine.
     """
 
-    def __init__(self, handle: Any, deadline: float = 120.0) -> None:
+    def __init__(self, handle: Any, deadline: float = 120.0, *, line: bool = True) -> None:
         self._handle = handle
         self._deadline = deadline
+        self._has_line = line
         self._posts: WeakKeyDictionary[asyncio.AbstractEventLoop, Post] = WeakKeyDictionary()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._handle, self._deadline)
+        return partial(type(self), line=self._has_line), (self._handle, self._deadline)
+
+    @property
+    def actors(self) -> list[Any]:
+        return [self._handle]
 
     async def _call(self, name: str, *args: Any, timeout: float | None = None) -> Any:
         from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
+        if timeout and name == "dequeue_many_rollouts" and (claims := await self._call(name, *args, timeout=0.0)):
+            return claims  # to wait takes a message of its own through Ray
         message, buffers = encode([name, args], name)
         end = time.monotonic() + self._deadline + (timeout or 0.0)
         wait_end = None if timeout is None else time.monotonic() + timeout
@@ -94,5 +103,5 @@ class StoreClient(Store):
         if post is None:
             for ended in [other for other in self._posts if other.is_closed()]:
                 del self._posts[ended]
-            post = self._posts[loop] = Post(self._handle)
+            post = self._posts[loop] = Post(self._handle, self._has_line)
         return post

@@ -250,6 +250,8 @@ class _Reading:
         if columns is not None and attempt_id is not None and "attempt_id" not in columns:
             self._read = [*columns, "attempt_id"]
         self._groups: OrderedDict[tuple[str, int], pa.RecordBatch] = OrderedDict()
+        self._decoded: dict[BodyRef, pa.RecordBatch] = {}
+        """Bodies of the log: several of the rollouts may have rows in one. They lie in the file, not in memory."""
 
     def segment(self, segment: Segment, start: int, count: int) -> Iterator[pa.RecordBatch]:
         """Rows of a segment. A few of a row group are copied, so that the others do not stay in memory."""
@@ -265,7 +267,9 @@ class _Reading:
     def log(self, ref: BodyRef, run: Run) -> Iterator[pa.RecordBatch]:
         """Rows of a log file."""
         if self._attempt_id is None or run[1] == self._attempt_id:
-            rows = numbered(decode_batch(self._bodies.read(ref)), run)
+            if ref not in self._decoded:
+                self._decoded[ref] = decode_batch(self._bodies.read(ref))
+            rows = numbered(self._decoded[ref], run)
             yield rows if self._columns is None else rows.select(self._columns)
 
     def _group(self, segment: Segment, number: int) -> pa.RecordBatch:

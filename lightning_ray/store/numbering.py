@@ -32,7 +32,10 @@ def numbered(batch: pa.RecordBatch, run: Run) -> pa.RecordBatch:
     rows = batch.slice(start, count)
     if not first:
         return rows
-    sequences = np.array(rows.column(_COLUMN))
-    missing = sequences == 0
-    sequences[missing] = np.arange(first, first + np.count_nonzero(missing))
+    if count == 1:
+        sequences = np.array([first], np.int32)
+    else:
+        sequences = np.array(rows.column(_COLUMN))
+        missing = sequences == 0
+        sequences[missing] = np.arange(first, first + np.count_nonzero(missing))
     return rows.set_column(_COLUMN, SPAN_SCHEMA.field(_COLUMN), pa.array(sequences, pa.int32()))

@@ -37,9 +37,9 @@ class Call:
 class Post:
     """Sends the calls of one event loop: those that come while a message is under way share the next."""
 
-    def __init__(self, handle: Any) -> None:
+    def __init__(self, handle: Any, line: bool = True) -> None:
         self._handle = handle
-        self._dialer = Dialer(handle)
+        self._dialer = Dialer(handle) if line else None
         self._waiting: deque[Call] = deque()
         self._is_busy = False
         """Whether a message is under way that later calls wait for: Ray takes long for each, whatever it carries."""
@@ -121,7 +121,9 @@ class Post:
         self, envelopes: list[Any], buffers: list[pa.Buffer], calls: list[Call]
     ) -> list[Answer] | None:
         """The answers, or None if the message must go through Ray."""
-        line = self._dialer.line() if sum(call.size for call in calls) <= _LINE_BYTES else None
+        line = None
+        if self._dialer is not None and sum(call.size for call in calls) <= _LINE_BYTES:
+            line = self._dialer.line()
         if line is None:
             return None
         try:

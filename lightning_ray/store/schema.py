@@ -131,7 +131,11 @@ def decode_batch(buffer: pa.Buffer) -> pa.RecordBatch:
 
 
 def encode_table(table: pa.Table) -> pa.Buffer:
-    """Spans as an IPC stream of just the table's rows: how answers travel."""
+    """Spans as an IPC stream of just the table's rows: how answers travel. In one piece, unless they are too many: a
+    piece for each rollout costs who sends, who reads and who computes far more than the copy.
+    """
+    if table.nbytes < _MAX_BATCH_BYTES // 2:
+        table = table.combine_chunks()
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)

@@ -130,6 +130,8 @@ class AttemptTrace:
 
     def take(self) -> list[Row]:
         """The spans that ended since the last call."""
+        if self._taken == len(self.spans):
+            return []
         with self._lock:
             first, self._taken = self._taken, len(self.spans)
             return self.spans[first:]
