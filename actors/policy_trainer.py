@@ -11,13 +11,14 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import ray
 from ray.exceptions import RayActorError, RayTaskError
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.names import shown_name
 from lightning_ray.deaths import Death, Process, death_of, here
@@ -25,7 +26,11 @@ from lightning_ray.deaths.process import Whereabouts
 from lightning_ray.errors import InfrastructureError, LightningRayError, TrainersLostError
 from lightning_ray.mirror.nodes import hand_over, present
 from lightning_ray.net import free_port
+from lightning_ray.placement.asks import Ask
+from lightning_ray.placement.places import Places
+from lightning_ray.placement.room import let_go, placed
 from lightning_ray.policy.settings import UpdateSettings
+from lightning_ray.waiting import waiting
 
 if TYPE_CHECKING:
     import numpy as np
@@ -131,10 +136,21 @@ class PolicyTrainer:
 class PolicyTrainerGroup:
     """All ranks of the policy under training. ``tell`` hears of a rank's death, which an error tells too."""
 
-    def __init__(self, ranks: list[Any], tell: Callable[[Death], None] | None = None) -> None:
-        self.ranks = ranks
+    def __init__(
+        self, ranks: Sequence[Any] = (), tell: Callable[[Death], None] | None = None, place: Any = None
+    ) -> None:
+        self.ranks: list[Any] = []
         self._tell = tell
-        self._processes = [Process("trainer rank", str(rank)) for rank in range(len(ranks))]
+        self._place = place
+        """The placement group of all ranks."""
+        self._processes: list[Process] = []
+        for rank in ranks:
+            self.add(rank)
+
+    def add(self, rank: Any) -> None:
+        """The next rank's actor."""
+        self._processes.append(Process("trainer rank", str(len(self.ranks))))
+        self.ranks.append(rank)
 
     @classmethod
     async def start(
@@ -144,26 +160,31 @@ class PolicyTrainerGroup:
         timeout: float = 300.0,
         called: str | None = None,
         tell: Callable[[Death], None] | None = None,
+        ask: Ask | None = None,
     ) -> PolicyTrainerGroup:
         """Start ``ranks`` actors and load the model, within ``timeout`` seconds altogether. Their names in Ray are
-        ``{called}-0`` and so on.
+        ``{called}-0`` and so on. They go, all together, where ``ask`` says.
 
         Raises ConfigError for settings that cannot work, InfrastructureError if a rank does not come up;
         nothing is left running then.
         """
         # One thread a rank: ranks on one machine would otherwise fight for its cores.
         env = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-        options: dict[str, Any] = {
-            "num_cpus": 1,
-            "num_gpus": settings.gpu_share if settings.device == "cuda" else 0,
-            "runtime_env": {"env_vars": env},
-        }
-        names = [None if called is None else f"{called}-{rank}" for rank in range(ranks)]
-        actors = [ray.remote(PolicyTrainer).options(name=name, **options) for name in names]
-        group = cls([actor.remote(settings, rank, ranks) for rank, actor in enumerate(actors)], tell)
         deadline = time.monotonic() + timeout
+        ask = ask or Places().ranks(ranks, settings.gpu_share if settings.device == "cuda" else 0)
+        place = await placed(ask, timeout)
+        group = cls(tell=tell, place=place)
         try:
-            host, port = (await group.call("address", timeout=timeout))[0]
+            for rank, bundle in enumerate(ask.bundles):
+                actor = ray.remote(PolicyTrainer).options(
+                    name=None if called is None else f"{called}-{rank}",
+                    num_cpus=bundle["CPU"],
+                    num_gpus=bundle.get("GPU", 0),
+                    runtime_env={"env_vars": env},
+                    scheduling_strategy=PlacementGroupSchedulingStrategy(place, rank),
+                )
+                group.add(actor.remote(settings, rank, ranks))
+            host, port = (await group.call("address", timeout=deadline - time.monotonic()))[0]
             places = await group.call("whereabouts", timeout=deadline - time.monotonic())
             group._processes = [Process.at("trainer rank", str(rank), where) for rank, where in enumerate(places)]
             await group.call("start", host, port, timeout=deadline - time.monotonic())
@@ -214,17 +235,17 @@ class PolicyTrainerGroup:
         pending = {asyncio.ensure_future(_result(reference)): rank for rank, reference in enumerate(references)}
         for task in pending:
             task.add_done_callback(_ignore)
-        done, waiting = await asyncio.wait(pending, timeout=timeout, return_when=asyncio.FIRST_EXCEPTION)
+        with waiting(f"trainer rank(s) at {method!r}", lambda: _at_work(pending)):
+            done, silent = await asyncio.wait(pending, timeout=timeout, return_when=asyncio.FIRST_EXCEPTION)
         if any(task.exception() for task in done):
-            if waiting:
-                done |= (await asyncio.wait(waiting, timeout=SETTLE_SECONDS))[0]
+            if silent:
+                done |= (await asyncio.wait(silent, timeout=SETTLE_SECONDS))[0]
             raise await self._worst({pending[task]: task.exception() for task in done}, method)
-        if waiting:
-            silent = sorted(pending[task] for task in waiting)
+        if silent:
+            ranks = sorted(pending[task] for task in silent)
             raise TrainersLostError(
-                f"trainer rank {silent} did not answer {method!r} within {timeout:g} s. If `ray status` "
-                "shows it waiting for a CPU or GPU, free one; if the work is large, give a longer timeout; "
-                "else resume from the last checkpoint"
+                f"trainer rank {ranks} did not answer {method!r} within {timeout:g} s: alive, but at work or stuck. "
+                "If the work is large, give a longer timeout; else resume from the last checkpoint"
             )
         return [task.result() for task in pending]
 
@@ -254,10 +275,19 @@ class PolicyTrainerGroup:
         for actor in self.ranks:
             ray.kill(actor)
         self.ranks = []
+        if self._place is not None:
+            let_go(self._place)
+            self._place = None
 
 
 async def _result(reference: Any) -> Any:
     return await reference
+
+
+def _at_work(pending: Mapping[asyncio.Task[Any], int]) -> str:
+    """The ranks that have not answered."""
+    ranks = sorted(rank for task, rank in pending.items() if not task.done())
+    return f"ranks {', '.join(map(str, ranks))} of {len(pending)}"
 
 
 def _ignore(task: asyncio.Future[Any]) -> None:

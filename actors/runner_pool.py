@@ -29,6 +29,7 @@ from lightning_ray.deaths import Death, Process, death_of
 from lightning_ray.deaths.process import Whereabouts
 from lightning_ray.errors import InfrastructureError
 from lightning_ray.hooks import Hook
+from lightning_ray.placement.places import Places
 from lightning_ray.running.sizing import Sizing, crowded_node
 from lightning_ray.running.travel import pickled
 from lightning_ray.store.base import Store
@@ -60,6 +61,8 @@ class Slot:
     ended_at_first_death: int = 0
     leaving: str | None = None
     """Why it is being drained for good."""
+    playing: int = 0
+    """Attempts that it played when it was last asked."""
     unanswered: int = 0
     """How often in a row it gave no answer."""
     node_id: str | None = None
@@ -84,12 +87,14 @@ class RunnerPool:
         hooks: Sequence[Hook] = (),
         failure: asyncio.Future[None] | None = None,
         tell: Callable[[Death], None] | None = None,
+        places: Places | None = None,
     ):
         self._name = name
         self._store = store
         self._settings = settings
         self._arguments = (ray.put(pickled(agent)), store, secret, settings, list(hooks))
-        self._options: dict[str, Any] = {"scheduling_strategy": "SPREAD"}
+        self._places = places or Places()
+        self._options = self._places.runner()
         if environment := getattr(agent, "runtime_env", None):
             self._options["runtime_env"] = dict(environment)
         self._sizing = Sizing(settings)
@@ -109,7 +114,7 @@ class RunnerPool:
         self._control = asyncio.create_task(self._keep())
 
     def status(self) -> list[dict[str, Any]]:
-        """The runners: name, worker, node, process, deaths in a row, whether it is leaving."""
+        """The runners: name, worker, node, process, what it plays, deaths in a row, whether it is leaving."""
         return [
             {
                 "name": slot.name,
@@ -117,6 +122,7 @@ class RunnerPool:
                 "actor": slot.actor,
                 "pid": slot.info["pid"] if slot.info else None,
                 "node_id": slot.info["node_id"] if slot.info else None,
+                "playing": slot.playing,
                 "lives": slot.life,
                 "deaths_in_a_row": list(slot.deaths),
                 "leaving": slot.leaving,
@@ -154,7 +160,7 @@ class RunnerPool:
             slot.life += 1
             self.restarts += slot.life > 1
             slot.worker_id = f"{slot.name}-{uuid.uuid4().hex[:6]}"
-            slot.info, slot.unanswered = None, 0
+            slot.info, slot.unanswered, slot.playing = None, 0, 0
             died = await self._one_life(slot)
             if self._stopping:
                 return
@@ -257,7 +263,7 @@ class RunnerPool:
 
     async def _spread(self) -> None:
         """Replace a runner of a crowded node by one on a node that has fewer, when all are up."""
-        nodes = await asyncio.to_thread(_nodes_with_cpus)
+        nodes = await asyncio.to_thread(_nodes_for_runners, self._places)
         if any(slot.info is None for slot in self._slots):
             return
         runners = {slot: slot.info["node_id"] for slot in self._staying() if slot.info is not None}
@@ -281,7 +287,7 @@ class RunnerPool:
             slot.unanswered += 1
             with contextlib.suppress(Exception):
                 async with asyncio.timeout(TICK_SECONDS):
-                    await actor.playing.remote()
+                    slot.playing = await actor.playing.remote()
                 slot.unanswered = 0
             if slot.actor is actor and slot.unanswered >= SILENT_ASKS:
                 logger.warning("%s gave no answer %s times in a row and is killed", slot.worker_id, SILENT_ASKS)
@@ -295,5 +301,6 @@ def _kill(actor: Any) -> None:
         ray.kill(actor)
 
 
-def _nodes_with_cpus() -> list[str]:
-    return [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+def _nodes_for_runners(places: Places) -> list[str]:
+    nodes = (node for node in ray.nodes() if node["Alive"] and places.allows("runner", node["Labels"]))
+    return [node["NodeID"] for node in nodes if node["Resources"].get("CPU", 0) >= 1]

@@ -10,7 +10,7 @@ import gc
 import logging
 import os
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,12 +147,14 @@ def start_shards(
     lease_seconds: float = 60.0,
     retention_seconds: float | None = None,
     num_cpus: float = 0,
+    among: Callable[[Mapping[str, str]], bool] = lambda labels: True,
 ) -> list[Any]:
     """Start the store of a folder as ``shards`` actors; wrap each handle in a StoreClient, and these in a
     ShardedStore.
 
     Shard i is actor ``{name}-{i}`` with the folder ``shard-00i``, on the i-th of the (hex) ``node_ids``; without
-    them where it was before, and a new one on the cluster's nodes in turn. A single shard is the store of ``start``.
+    them where it was before, and a new one in turn on this node and those whose labels ``among`` approves of. A single
+    shard is the store of ``start``.
     Raises StoreError if the folder has another number of shards, InfrastructureError if one does not start.
     """
     path = Path(folder).absolute()
@@ -168,7 +170,7 @@ def start_shards(
     }
     if shards == 1 and layout is None:
         return [start(path, name, **options)]
-    places = _places(shards, layout.nodes if layout else [], node_ids)
+    places = _places(shards, layout.nodes if layout else [], node_ids, among)
     actors = [
         start(shard_folder(path, shard), f"{name}-{shard}", **options, node_id=node_id, must_exist=layout is not None)
         for shard, (node_id, _) in enumerate(places)
@@ -183,15 +185,19 @@ def start_shards(
     return actors
 
 
-def _places(shards: int, before: Sequence[str], node_ids: Sequence[str] | None) -> list[tuple[str, str]]:
+def _places(
+    shards: int, before: Sequence[str], node_ids: Sequence[str] | None, among: Callable[[Mapping[str, str]], bool]
+) -> list[tuple[str, str]]:
     """Each shard's node, as id and address."""
-    addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in alive}
     if node_ids is not None:
         if len(node_ids) != shards or not set(node_ids) <= set(addresses):
             raise StoreError(f"node_ids is {list(node_ids)}; give {shards} of the cluster's nodes {sorted(addresses)}")
         return [(node_id, addresses[node_id]) for node_id in node_ids]
     here = ray.get_runtime_context().get_node_id()
-    nodes = sorted(addresses, key=lambda node_id: (node_id != here, addresses[node_id], node_id))
+    meant = [node["NodeID"] for node in alive if node["NodeID"] == here or among(node["Labels"])]
+    nodes = sorted(meant, key=lambda node_id: (node_id != here, addresses[node_id], node_id))
     chosen = [nodes[shard % len(nodes)] for shard in range(shards)]
     for shard, address in enumerate(before):
         chosen[shard] = next((node_id for node_id in nodes if addresses[node_id] == address), chosen[shard])

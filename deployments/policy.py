@@ -164,7 +164,8 @@ class Policy:
 
     async def status(self) -> dict[str, Any]:
         """``describe``, how busy the engine is, and the latest swaps."""
-        return {**self.describe(), **self.load.as_dict(), "swaps": list(self.swaps)}
+        load = self.load.as_dict()
+        return {**self.describe(), **load, "swapping_since": self.swapping_since, "swaps": list(self.swaps)}
 
     # Control: called through the deployment handle, by broadcast.
 

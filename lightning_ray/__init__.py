@@ -40,6 +40,7 @@ from lightning_ray.errors import (
 )
 from lightning_ray.hooks import Hook
 from lightning_ray.parallel import ParallelWorkerBase
+from lightning_ray.placement.settings import Placement, RolePlacement
 from lightning_ray.relay.settings import Upstream
 from lightning_ray.results import RolloutRawResult
 from lightning_ray.semconv import SpanAttributeNames, SpanNames
@@ -168,6 +169,7 @@ __all__ = [
     "OverlongPenalty",
     "PaginatedResult",
     "ParallelWorkerBase",
+    "Placement",
     "Policy",
     "PromptTemplate",
     "ProxyLLM",
@@ -175,6 +177,7 @@ __all__ = [
     "ResourceUnion",
     "ResourcesUpdate",
     "RewardMatchPolicy",
+    "RolePlacement",
     "Rollout",
     "RolloutConfig",
     "RolloutMode",

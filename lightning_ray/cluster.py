@@ -12,11 +12,10 @@ import logging
 import os
 import re
 import secrets
-import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,19 +29,27 @@ from lightning_ray.deaths.watch import DeathWatch
 from lightning_ray.errors import ConfigError, InfrastructureError
 from lightning_ray.events import Events
 from lightning_ray.hooks import Hook
-from lightning_ray.machine import end_processes, environment, short_temp
+from lightning_ray.machine import end_processes, environment
 from lightning_ray.net import free_port
+from lightning_ray.placement.asks import Wanted
+from lightning_ray.placement.places import Places
+from lightning_ray.placement.room import make_room
+from lightning_ray.placement.settings import Placement
+from lightning_ray.placement.unseen import check_seen
+from lightning_ray.placement.view import look, nodes_now
 from lightning_ray.policy.loaded import Loaded
 from lightning_ray.policy.settings import UpdateSettings
 from lightning_ray.policy.swap import PolicySwapper
 from lightning_ray.policy.transfer import Replicas, transfer_of
 from lightning_ray.relay.settings import Upstream
 from lightning_ray.run_state import ONLY
+from lightning_ray.scratch import Scratch
 from lightning_ray.store.base import Store
 from lightning_ray.store.client import StoreClient
 from lightning_ray.store.shards import ShardedStore
 from lightning_ray.threads import in_thread
 from lightning_ray.types import ProxyLLM
+from lightning_ray.waiting import waiting
 
 if TYPE_CHECKING:
     from actors.runner_pool import RunnerPool
@@ -85,10 +92,13 @@ class Cluster:
         num_cpus: int | None = None,
         relays: Mapping[str, Upstream] | None = None,
         run: str = "run",
+        placement: Placement | None = None,
     ):
         self.address = address or os.environ.get("RAY_ADDRESS") or "local"
         self.owned = self.address == "local"
         self._num_cpus = num_cpus or LOGICAL_CPUS
+        self.places = Places(placement)
+        self._scratch: Scratch | None = None
         self._temp: Path | None = None
         self.run = run
         self._name = f"{plain_name(run)}-{secrets.token_hex(4)}"
@@ -112,8 +122,11 @@ class Cluster:
         self.events = Events()
         self._deaths: DeathWatch | None = None
 
-    def start_ray(self) -> None:
-        """Start or join Ray. Raises ConfigError when a foreign ``actors`` package hides ours."""
+    def start_ray(self, wanted: Wanted | None = None) -> None:
+        """Start or join Ray; a Ray of our own counts as many CPUs as what is wanted takes, if that is more than usual.
+
+        Raises ConfigError when a foreign ``actors`` package hides ours.
+        """
         check_packages()
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a late call must not start another Ray after ours has ended
@@ -121,12 +134,13 @@ class Cluster:
 
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "namespace": self._name}
         if self.owned:
-            self._temp = Path(tempfile.mkdtemp(prefix="lr-", dir=short_temp()))
-            scratch = self._temp / "tmp"
-            scratch.mkdir()
+            self._scratch = Scratch()
+            self._temp = self._scratch.path
+            files = self._temp / "tmp"
+            files.mkdir()
             options |= {
-                "runtime_env": {"env_vars": {"TMPDIR": str(scratch)}},
-                "num_cpus": self._num_cpus,
+                "runtime_env": {"env_vars": {"TMPDIR": str(files)}},
+                "num_cpus": max(self._num_cpus, ceil(wanted.cpus(self.places.placement)) if wanted else 0),
                 "object_store_memory": OBJECT_STORE_BYTES,
                 "include_dashboard": False,
                 "_temp_dir": str(self._temp),
@@ -136,6 +150,21 @@ class Cluster:
         self.failure = asyncio.get_running_loop().create_future()
         self._deaths = DeathWatch(self.events.death, lambda: self._applications, self._ray_died)
         self._deaths.start()
+
+    async def make_room(self, wanted: Wanted, note: Callable[[str], None], seen: Mapping[str, Path]) -> None:
+        """Find out where the run's parts go; returns once there is room for them.
+
+        Raises ConfigError if they have no place, or if nodes of trainer ranks and replicas do not see the folders in
+        ``seen``, which go by what they are.
+        """
+        view = await in_thread(look, not self.owned)
+        self.places = Places(self.places.placement, view.labels())
+        asks = wanted.asks(self.places.placement, view.labels())
+        await make_room(asks, view, self.places.placement.wait_seconds, note)
+        here = ray_node_id()
+        readers = [ask for ask in asks if ask.role in ("trainer", "policy")]
+        for what, folder in seen.items() if readers else ():
+            await in_thread(check_seen, folder, what, readers, await in_thread(nodes_now), here)
 
     def _ray_died(self, death: Death) -> None:
         assert self.failure is not None
@@ -158,7 +187,9 @@ class Cluster:
         """The run's span store, of ``shards`` processes, on the cluster's nodes in turn."""
         from actors.span_store import start_shards
 
-        self._store_actors = start_shards(folder, f"{self.run}/store", shards, lease_seconds=LEASE_SECONDS)
+        self._store_actors = start_shards(
+            folder, f"{self.run}/store", shards, lease_seconds=LEASE_SECONDS, among=partial(self.places.allows, "store")
+        )
         assert self._deaths is not None
         for shard, actor in enumerate(self._store_actors):
             self._deaths.know(actor, "span store", f"shard {shard}" if shards > 1 else "")
@@ -192,7 +223,7 @@ class Cluster:
 
         from deployments.policy import Policy
 
-        options = policy_options(settings)
+        options = policy_options(settings, self.places)
         route = ("" if self.owned else f"/{self._name}") + ("" if name == ONLY else f"/policies/{name}")
         audience = POLICY if name == ONLY else one_of_several(name)
         tags = {"run": self.run, "policy": name}
@@ -227,7 +258,7 @@ class Cluster:
         from deployments.relay import bind
 
         assert self.store is not None
-        application = bind(self._relays, self.store, self.secret)
+        application = bind(self._relays, self.store, self.secret, of_run=True)
         route = "/relay" if self.owned else f"/{self._name}-relay"
         served = f"{self._name}-relay"
         self._applications.append(served)
@@ -270,7 +301,11 @@ class Cluster:
         if self._groups[name] > 1:  # the names of ranks that were killed may not be free yet
             called += f"-life-{self._groups[name]}"
         trainers = self._trainers[name] = await PolicyTrainerGroup.start(
-            settings, ranks=ranks, called=called, tell=partial(self.events.death, shown=False)
+            settings,
+            ranks=ranks,
+            called=called,
+            tell=partial(self.events.death, shown=False),
+            ask=self.places.ranks(ranks, settings.gpu_share if settings.device == "cuda" else 0),
         )
         await trainers.call("load_transfer", transfer, timeout=120.0)
         return trainers
@@ -290,7 +325,7 @@ class Cluster:
 
         assert self.store is not None and self.failure is not None
         self.runners = RunnerPool(
-            self.run, agent, self.store, self.secret, settings, hooks, self.failure, self.events.death
+            self.run, agent, self.store, self.secret, settings, hooks, self.failure, self.events.death, self.places
         )
         self.runners.start()
 
@@ -313,8 +348,8 @@ class Cluster:
         await asyncio.to_thread(ray.shutdown)
         _set_global_client(None)  # or the next run of this process would ask the controller of this Ray
         end_processes(grown)
-        if self._temp is not None:
-            shutil.rmtree(self._temp, ignore_errors=True)
+        if self._scratch is not None:
+            self._scratch.remove()
 
     async def _stop_actors(self) -> None:
         # A part that is dead already must not keep the others from being ended.
@@ -329,29 +364,30 @@ class Cluster:
             await in_thread(serve.delete, application)
 
 
+def ray_node_id() -> str:
+    """The (hex) id of this process's node."""
+    import ray
+
+    node_id: str = ray.get_runtime_context().get_node_id()
+    return node_id
+
+
 def plain_name(run: str) -> str:
     """A run's name as part of an address, in letters and digits that need no escaping."""
     return re.sub(r"[^a-zA-Z0-9._-]+", "-", run).strip("-.") or "run"
 
 
-def policy_options(settings: EngineSettings) -> dict[str, Any]:
+def policy_options(settings: EngineSettings, places: Places | None = None) -> dict[str, Any]:
     """What Serve is asked for: replicas, their place, and their limits."""
     variables = QUIET | (CPU_ENGINE if settings.device == "cpu" else {})
     if settings.world_size > 1:
         variables = {name: value for name, value in variables.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-    actor: dict[str, Any] = {"num_cpus": 1, "runtime_env": {"env_vars": variables}}
-    options: dict[str, Any] = {
-        "ray_actor_options": actor,
-        "max_ongoing_requests": settings.max_calls,
-        "graceful_shutdown_timeout_s": settings.drain_seconds,
-    }
     if settings.whole_transfer == "ipc":
         variables["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # handles to memory, from the replica to its own engine
-    if settings.device == "cuda" and settings.world_size == 1:
-        actor["num_gpus"] = settings.gpu_share
-    elif settings.device == "cuda":
-        options["placement_group_bundles"] = [{"CPU": 1}, *({"CPU": 1, "GPU": 1} for _ in range(settings.world_size))]
-        options["placement_group_strategy"] = "PACK"
+    options = (places or Places()).replica(settings)
+    options["ray_actor_options"]["runtime_env"] = {"env_vars": variables}
+    options["max_ongoing_requests"] = settings.max_calls
+    options["graceful_shutdown_timeout_s"] = settings.drain_seconds
     if settings.max_replicas is None:
         options["num_replicas"] = settings.replicas
     else:
@@ -377,7 +413,8 @@ async def together(*work: Any) -> list[Any]:
 async def within(work: Any, seconds: float, what: str) -> Any:
     """Await with a deadline. Raises InfrastructureError that names what did not come."""
     try:
-        return await asyncio.wait_for(work, seconds)
+        with waiting(what):
+            return await asyncio.wait_for(work, seconds)
     except TimeoutError:
         raise InfrastructureError(
             f"{what} did not come up within {seconds:.0f} s; see the logs in Ray's session folder, "

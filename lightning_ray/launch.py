@@ -19,6 +19,7 @@ from pydantic import BaseModel
 from lightning_ray.algorithms.base import Algorithm, AlgorithmSettings
 from lightning_ray.config import build
 from lightning_ray.errors import ConfigError
+from lightning_ray.placement.settings import Placement
 from lightning_ray.relay.settings import Upstream
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ A = TypeVar("A", bound=Algorithm | None)
 N = TypeVar("N")
 SETTINGS = ("n_runners", "max_runners", "concurrency", "trackers")
 """Of the Trainer itself."""
+OTHERS = "placement.<role>.<setting>, relays.<name>.<setting>"
 
 
 @dataclass
@@ -66,6 +68,16 @@ class Launch:
                 values[name][field_name] = value
         return {name: build(Upstream, value, f"relays.{name}") for name, value in values.items()}
 
+    def placement(self, given: Placement | None) -> Placement:
+        """Where parts go, with its overridden settings (``placement.trainer.label``). Raises ConfigError."""
+        values = {} if given is None else given.model_dump(exclude_unset=True)
+        for key, value in self.settings.items():
+            head, _, rest = key.partition(".")
+            if head == "placement" and rest:
+                self._used.add(key)
+                put(values, rest.split("."), value, head)
+        return build(Placement, values, "placement")
+
     def setting(self, key: str, default: int) -> int:
         """An overridden whole number of the Trainer."""
         if key not in self.settings:
@@ -92,18 +104,18 @@ class Launch:
         """Raises ConfigError for a key that nothing used."""
         for key in self.settings.keys() - self._used:
             close = difflib.get_close_matches(key, SETTINGS, n=1)
-            known = f"known: {', '.join(SETTINGS)}, algorithm.<setting>, relays.<name>.<setting>"
+            known = f"known: {', '.join(SETTINGS)}, algorithm.<setting>, {OTHERS}"
             hint = f"did you mean {close[0]!r}?" if close else known
             raise ConfigError(f"{key}={self.settings[key]!r}: there is no such setting; {hint}")
 
 
-def put(values: dict[str, Any], path: list[str], value: Any) -> None:
+def put(values: dict[str, Any], path: list[str], value: Any, where: str = "algorithm") -> None:
     """Set a nested value; settings on the way become plain dicts."""
     for part in path[:-1]:
         inner = values.get(part, {})
         if not isinstance(inner, (dict, BaseModel)):
             raise ConfigError(
-                f"algorithm.{'.'.join(path)}={value!r}: {part!r} is a {type(inner).__name__} and has no settings"
+                f"{where}.{'.'.join(path)}={value!r}: {part!r} is a {type(inner).__name__} and has no settings"
             )
         values[part] = dict(inner) if isinstance(inner, dict) else inner.model_dump(exclude_unset=True)
         values = values[part]

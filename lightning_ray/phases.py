@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
+from lightning_ray.waiting import waiting
+
 OTHER = "other"
 
 
@@ -27,7 +29,8 @@ class PhaseClock:
         self._charge()
         self._open.append(name)
         try:
-            yield
+            with waiting(f"the phase {name!r}"):
+                yield
         finally:
             self._charge()
             self._open.pop()

@@ -26,6 +26,7 @@ from lightning_ray.config import RunnerSettings
 from lightning_ray.evaluation import Evaluation
 from lightning_ray.events import Events
 from lightning_ray.hooks import Hook
+from lightning_ray.lateness import Lateness, Look, replicas_at_work, rollouts_at_work, runners_at_work
 from lightning_ray.machine import tree_memory
 from lightning_ray.metrics.watch import RunWatch, Watched
 from lightning_ray.mirror.mirror import Mirror
@@ -34,7 +35,7 @@ from lightning_ray.policy_rows import by_policy
 from lightning_ray.progress import Reporter
 from lightning_ray.run_evaluations import RunEvaluations
 from lightning_ray.run_folder import RunFolder, write_json
-from lightning_ray.run_models import initial_models, publish_resources
+from lightning_ray.run_models import given_models, initial_models, publish_resources, wanted_by
 from lightning_ray.run_rollouts import RunRollouts, refuse_total_failure
 from lightning_ray.run_state import ONLY, RunState
 from lightning_ray.step_figures import StepTimes, policy_figures, step_figures
@@ -89,6 +90,7 @@ class Run:
         self._agents: dict[str, set[str]] = {}
         """By rollout read since the last step, the agents that took part."""
         self._evaluations = RunEvaluations(self)
+        self._lateness = Lateness(self.events.waiting, self._looks())
         self._done = threading.Event()
 
     @property
@@ -102,6 +104,7 @@ class Run:
     async def start(self, settings: WeightAlgorithm) -> None:
         """Bring up everything, publish the first weights, and evaluate before the first step."""
         self._settings = settings
+        self._lateness.start()
         threading.Thread(target=self._sample_memory, daemon=True).start()
         with self.reporter.stage("Ray and span store"):
             await self._start_store(settings)
@@ -133,11 +136,15 @@ class Run:
             await self._evaluations.all("before")
         self.reporter.start_steps(self.state.step, settings.steps)
         self.reporter.restart_clock()
+        self._lateness.step(self.state.step)
         if self.state.seconds_to_first_step is None:
             self.state.seconds_to_first_step = self.elapsed()
 
     async def _start_store(self, settings: WeightAlgorithm) -> None:
-        self.cluster.start_ray()
+        wanted = wanted_by(settings, self._runners)
+        self.cluster.start_ray(wanted)
+        folders = {"the run's folder": self.folder.path} if self.mirror is None else {}
+        await self.cluster.make_room(wanted, self.reporter.note, {**folders, **given_models(settings)})
         self.store = self.cluster.start_store(self.folder.store, settings.store_shards)
         await self.store.statistics()
         write_json(self.folder.path / "ray.json", self.cluster.whereabouts())
@@ -267,6 +274,7 @@ class Run:
         self._agents.clear()
         self.trackers.log(row)
         self.reporter.step(row, self._evaluations.last)
+        self._lateness.step(state.step, times.whole)
         if self.mirror is not None:
             self.mirror.tell()
 
@@ -314,6 +322,7 @@ class Run:
     async def close(self) -> None:
         """End what the run started."""
         self._done.set()
+        self._lateness.stop()
         self.reporter.end_steps()
         for policy in self.policies.values():
             policy.close()
@@ -354,6 +363,22 @@ class Run:
             bounds={name: policy.settings.max_staleness for name, policy in self.policies.items()},
             stores=self.cluster.store_processes,
         )
+
+    def _looks(self) -> dict[str, Look]:
+        """What each part is at, for when a step is late."""
+
+        async def rollouts() -> str:
+            return await rollouts_at_work(self.store)
+
+        async def runners() -> str:
+            pool = self.cluster.runners
+            return "not started" if pool is None else runners_at_work(pool.status())
+
+        async def replicas() -> str:
+            asked = [self.cluster.replicas_of(name)("status") for name in self.policies]
+            return replicas_at_work([each for answers in await asyncio.gather(*asked) for each in answers])
+
+        return {"rollouts": rollouts, "runners": runners, "replicas": replicas}
 
     def _sample_memory(self) -> None:
         while not self._done.wait(4.0):

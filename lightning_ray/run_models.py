@@ -7,6 +7,8 @@ from pathlib import Path
 
 from lightning_ray.algorithms.grpo import NEUTRAL
 from lightning_ray.algorithms.weights import WeightAlgorithm
+from lightning_ray.config import RunnerSettings
+from lightning_ray.placement.asks import Wanted
 from lightning_ray.progress import Reporter, as_current
 from lightning_ray.run_folder import RunFolder
 from lightning_ray.run_state import ONLY
@@ -18,6 +20,24 @@ RESOURCES = {"sampled": {"temperature": 1.0, **NEUTRAL}, "greedy": {"temperature
 """Resources by id: the policies, sampled from as they are, and their most likely tokens."""
 MAIN = "main_llm"
 """The only policy's name among the resources."""
+
+
+def wanted_by(settings: WeightAlgorithm, runners: RunnerSettings) -> Wanted:
+    """What the run has at work on the cluster."""
+    trained = settings.trained()
+    engines = {name: own.engine for name, own in {**trained, **settings.frozen()}.items()}
+    ranks = {name: own.ranks for name, own in trained.items()}
+    return Wanted(engines, ranks, runners.minimum, runners.maximum)
+
+
+def given_models(settings: WeightAlgorithm) -> dict[str, Path]:
+    """Folders of models that the user gave, by what they are to a person."""
+    policies = {**settings.trained(), **settings.frozen()}
+    return {
+        f"the model of {name}" if len(policies) > 1 else "the model": Path(str(own.model)).absolute()
+        for name, own in policies.items()
+        if own.model is not None and not callable(own.model)
+    }
 
 
 async def initial_models(

@@ -22,6 +22,7 @@ from lightning_ray.types import (
     RolloutConfig,
     RolloutMode,
 )
+from lightning_ray.waiting import waiting
 
 T = TypeVar("T")
 SPARE_SECONDS = 120.0
@@ -84,8 +85,9 @@ class RunRollouts:
         set, or when the runners fail.
         """
         deadline = self._timeout * self._max_attempts + SPARE_SECONDS
-        waiting = self._store.wait_for_rollouts(rollout_ids=rollout_ids, timeout=deadline)
-        ended = await self._unless_runners_fail(waiting, deadline + ANSWER_SECONDS)
+        ending = self._store.wait_for_rollouts(rollout_ids=rollout_ids, timeout=deadline)
+        with waiting(f"{len(rollout_ids)} rollouts"):
+            ended = await self._unless_runners_fail(ending, deadline + ANSWER_SECONDS)
         if len(ended) < len(rollout_ids):
             rollouts = await self._store.query_rollouts(rollout_id_in=rollout_ids)
             states = dict(Counter(r.status for r in rollouts if r.status not in TERMINAL_ROLLOUT))

@@ -23,6 +23,8 @@ from lightning_ray.config import RunnerSettings
 from lightning_ray.errors import ConfigError
 from lightning_ray.hooks import Hook
 from lightning_ray.launch import current_launch
+from lightning_ray.mirror import run_place
+from lightning_ray.placement.settings import Placement
 from lightning_ray.relay.settings import Upstream, check_upstreams
 from lightning_ray.stopping import Stop, Stopped
 from lightning_ray.tracing import OtelTracer, Tracer
@@ -56,8 +58,10 @@ class Trainer:
         python: the interpreter of another environment (``env/bin/python``), which plays the agent in processes of its
             own; there are lightning-ray's base dependencies and the agent's own.
         name: of the run; its folder is ``runs_dir/name``.
-        runs_dir: where runs are kept.
+        runs_dir: where runs are kept: a folder, or a URL (``s3://bucket/runs``) to which they are mirrored as they go
+            (docs/jobs.md).
         address: of a Ray cluster; by default RAY_ADDRESS, or a Ray of the run's own on this machine.
+        placement: where parts go on the cluster, by labels of its nodes; by default where they belong.
         initial_resources: what agents get before anything was learned, for algorithms that ask for it.
         relays: other models that agents call, by name, as ``{"judge": lr.Upstream(base_url=...)}``.
         hooks: called at four moments of every rollout.
@@ -83,6 +87,7 @@ class Trainer:
         name: str = "run",
         runs_dir: str | Path = "runs",
         address: str | None = None,
+        placement: Placement | None = None,
         initial_resources: NamedResources | None = None,
         relays: Mapping[str, Upstream] | None = None,
         hooks: Hook | Sequence[Hook] | None = None,
@@ -119,8 +124,10 @@ class Trainer:
         self.python = None if python is None else str(python)
         if self.max_runners < self.n_runners:
             raise ConfigError(f"max_runners={self.max_runners}: it is at least n_runners={self.n_runners}")
-        self.folder = (Path(launch.runs_dir or runs_dir) / (launch.name or name)).absolute()
+        self.folder = run_place(launch.runs_dir or runs_dir, launch.name or name)
+        """Of a run at a URL its local place."""
         self.address = address
+        self.placement = launch.placement(placement)
         self.resume = launch.resume
         self.initial_resources = initial_resources
         check_upstreams(relays or {})
@@ -262,7 +269,12 @@ class Trainer:
         run = Run(
             folder,
             reporter,
-            Cluster(self.address, relays=self.algorithm.relays(self.relays), run=folder.path.name),
+            Cluster(
+                self.address,
+                relays=self.algorithm.relays(self.relays),
+                run=folder.path.name,
+                placement=self.placement,
+            ),
             agent,
             datasets,
             self.runner_settings(),
@@ -314,6 +326,8 @@ class Trainer:
             "python": self.runner_settings().python,
             "address": self.address,
         }
+        if placement := self.placement.model_dump(exclude_unset=True):
+            shown["placement"] = placement
         if self.relays:
             shown["relays"] = {name: upstream.model_dump(mode="json") for name, upstream in self.relays.items()}
         if self.trackers:

@@ -7,6 +7,7 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 from lightning_ray.algorithms.base import Algorithm
+from lightning_ray.placement.asks import Wanted
 from lightning_ray.run_folder import write_json
 from lightning_ray.store.base import Store
 from lightning_ray.types import Dataset
@@ -63,7 +64,9 @@ async def learn_over_store(algorithm: Algorithm, run: Run) -> None:
     Raises InfrastructureError when runners die again and again.
     """
     with run.reporter.stage("Ray and span store"):
-        run.cluster.start_ray()
+        wanted = Wanted(runners=run._runners.minimum, most_runners=run._runners.maximum)
+        run.cluster.start_ray(wanted)
+        await run.cluster.make_room(wanted, run.reporter.note, {})
         run.store = run.cluster.start_store(run.folder.store)
         await run.store.statistics()
         if relayed := await run.cluster.start_relay():

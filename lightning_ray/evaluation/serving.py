@@ -55,6 +55,10 @@ class ServedModels:
             found["main_llm" if policy == ONLY else policy] = endpoint
         return found, proofs
 
+    def engines(self) -> dict[str, EngineSettings]:
+        """Of all that are served."""
+        return {policy: self._settings(policy)[1] for policy in self._models()}
+
     def _settings(self, policy: str) -> tuple[str, EngineSettings]:
         """The model's name on the wire, and its engine's settings."""
         algorithm = self._algorithm

@@ -27,6 +27,7 @@ from lightning_ray.evaluation.settings import EvaluationSettings, Sampling
 from lightning_ray.evaluation.subject import Subject
 from lightning_ray.events import Events
 from lightning_ray.mirror.copying import send_evaluation
+from lightning_ray.placement.asks import Wanted
 from lightning_ray.progress import Reporter, Stage, as_current
 from lightning_ray.relay.settings import Upstream
 from lightning_ray.run_folder import RunFolder, write_json
@@ -104,7 +105,7 @@ class EvaluationSession:
         if self._subject.upstream is not None:
             parameters = {**self._subject.upstream.parameters, **PARAMETERS[self._sampling]}
             relays[EVALUATED] = self._subject.upstream.model_copy(update={"parameters": parameters})
-        return Cluster(self._trainer.address, relays=relays, run=name)
+        return Cluster(self._trainer.address, relays=relays, run=name, placement=self._trainer.placement)
 
     def _check(self, tasks: Dataset[Any]) -> None:
         if not len(tasks):
@@ -121,7 +122,10 @@ class EvaluationSession:
     async def _start(self, cluster: Cluster, served: ServedModels, folder: RunFolder) -> tuple[Store, RunRollouts]:
         settings, trainer = self._settings, self._trainer
         with self._reporter.stage("Ray and span store"):
-            cluster.start_ray()
+            engines = served.engines()
+            wanted = Wanted(engines, {}, trainer.runner_settings().minimum, trainer.runner_settings().maximum)
+            cluster.start_ray(wanted)
+            await cluster.make_room(wanted, self._reporter.note, {"the model's folder": folder.path} if engines else {})
             store = cluster.start_store(folder.store)
             await store.statistics()
             write_json(folder.path / "ray.json", cluster.whereabouts())

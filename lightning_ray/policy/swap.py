@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from lightning_ray.errors import InfrastructureError, SwapError, TrainersLostError
 from lightning_ray.policy.proof import Proof, differing_kinds, failure_message
 from lightning_ray.policy.transfer import Member, Replicas, Shown, Trainers, Transfer
+from lightning_ray.waiting import waiting
 
 TRIES = 3
 """Sendings until the set of replicas holds still for a whole swap."""
@@ -78,7 +79,8 @@ class PolicySwapper:
         async with self._lock:
             try:
                 async with asyncio.timeout(deadline):
-                    self.last = await self._publish(version)
+                    with waiting(f"the swap to version {version}"):
+                        self.last = await self._publish(version)
                     return self.last
             except TimeoutError:
                 raise InfrastructureError(
