@@ -14,6 +14,7 @@ import pytest
 
 import lightning_ray as lr
 from lightning_ray.programs.outcome import PROGRAM_SPAN, Outcome
+from lightning_ray.trace_ids import trace_id_of
 from tests.command_agents import RESOURCES, play, python, sh
 
 PRINT_ENVIRONMENT = "import json, os; print(json.dumps(dict(os.environ)))"
@@ -33,6 +34,7 @@ async def test_a_program_finds_its_model_its_task_and_its_attempt() -> None:
     assert json.loads(found["LIGHTNING_TASK"]) == {"question": "Why?"}
     assert (found["LIGHTNING_ROLLOUT_ID"], found["LIGHTNING_ATTEMPT_ID"]) == ("ro-1", "at-1")
     assert found["OTEL_EXPORTER_OTLP_HEADERS"] == "x-lightning-rollout-id=ro-1,x-lightning-attempt-id=at-1"
+    assert found["TRACEPARENT"].split("-")[1] == trace_id_of("ro-1", "at-1")
     assert found["LIGHTNING_REPORT_URL"].startswith("http://127.0.0.1:")
 
 

@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from lightning_ray.trace_ids import root_id_of, to_header, trace_id_of
 from lightning_ray.types import LLM
 
 BASE = (
@@ -63,7 +64,9 @@ def model_environment(llm: LLM) -> dict[str, str]:
 def attempt_environment(
     rollout_id: str, attempt_id: str, task: str, task_file: Path, reward_file: Path, report_url: str, token: str
 ) -> dict[str, str]:
-    """What is this attempt's own. OpenTelemetry exporters send its ids along, if the agent's env= gives an endpoint."""
+    """What is this attempt's own. OpenTelemetry exporters send its ids along, if the agent's env= gives an endpoint;
+    spans that begin by ``TRACEPARENT`` are of the attempt's trace.
+    """
     given = {
         "LIGHTNING_ROLLOUT_ID": rollout_id,
         "LIGHTNING_ATTEMPT_ID": attempt_id,
@@ -71,6 +74,7 @@ def attempt_environment(
         "LIGHTNING_REWARD_FILE": str(reward_file),
         "LIGHTNING_REPORT_URL": report_url,
         REPORT_TOKEN: token,
+        "TRACEPARENT": to_header(trace_id_of(rollout_id, attempt_id), root_id_of(rollout_id, attempt_id)),
         "OTEL_EXPORTER_OTLP_HEADERS": f"x-lightning-rollout-id={rollout_id},x-lightning-attempt-id={attempt_id}",
         "OTEL_RESOURCE_ATTRIBUTES": f"agentlightning.rollout_id={rollout_id},agentlightning.attempt_id={attempt_id}",
     }
