@@ -60,6 +60,8 @@ OBJECT_STORE_BYTES = 2**30
 """Room for the weights of a small model, twice; memory is taken as it is used."""
 STOP_SECONDS = 8.0
 RELAY_SECONDS = 120.0
+EVERYWHERE = ("0.0.0.0", "::")
+"""Hosts of a proxy that listens on every interface of its node."""
 LEASE_SECONDS = 30.0
 """How long a runner may be silent (it beats every two seconds) before its rollouts are played elsewhere."""
 
@@ -431,11 +433,21 @@ def start_serve(host: str, port: int) -> None:
 
 
 def serve_address() -> str:
-    """Where Serve's HTTP proxy listens: ours, or that of the cluster we joined, whose options came first."""
+    """Where Serve's HTTP proxy is reached: ours, or that of the cluster we joined, whose options came first."""
     from ray.serve.context import _get_global_client
 
     http = _get_global_client().http_config
-    return f"http://{http.host}:{http.port}"
+    host = head_address() if http.host in EVERYWHERE else http.host
+    return f"http://{host}:{http.port}"
+
+
+def head_address() -> str:
+    """The address of the head node, which always has one of Serve's proxies; other nodes have one beside replicas."""
+    import ray
+
+    [head] = [node for node in ray.nodes() if node["Alive"] and "node:__internal_head__" in node["Resources"]]
+    address: str = head["NodeManagerAddress"]
+    return address
 
 
 def check_packages() -> None:

@@ -29,6 +29,7 @@ class EngineSettings(Settings):
     pipeline_parallel: int = Field(default=1, ge=1)
     """GPUs of a replica: the product of both, side by side in a placement group."""
     host: str = "127.0.0.1"
+    """Where the deployment listens; ``0.0.0.0`` lets agents on other nodes reach it, at the head's address."""
     port: int = Field(default=0, ge=0, le=65535)
     """HTTP port of the deployment; 0 takes a free one."""
     max_calls: int = Field(default=2048, ge=1)
