@@ -221,6 +221,7 @@ def test_a_job_s_command_is_one_that_there_is_and_goes_on_where_it_was(folder: s
     assert (ROOT / script / "train.py").is_file() and in_context(script, (ROOT / ".dockerignore").read_text())
     settings = dict(parse_setting(text) for text in given.set)
     assert settings.get("algorithm.engine.device", "cpu") == ("cuda" if folder.startswith("gpu") else "cpu")
+    assert settings["algorithm.engine.host"] == "0.0.0.0"  # agents are in other pods
     EngineSettings(**{key.removeprefix("algorithm.engine."): value for key, value in settings.items()})
     (tmp_path / given.name / "checkpoints").mkdir(parents=True)
     (tmp_path / given.name / "checkpoints" / "latest").touch()
