@@ -15,7 +15,8 @@ from pathlib import Path
 
 from lightning_ray.machine import short_temp
 
-PREFIX = "lr-ray-"
+PREFIX = "lrr-"
+"""Short: HAProxy's sockets lie below, behind a node's id of 56 digits, and a socket's path may have 97 characters."""
 FRESH_SECONDS = 60.0
 """A folder that was changed since then may be one whose owner is about to lock it."""
 
