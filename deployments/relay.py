@@ -15,6 +15,7 @@ what was spent before it began is read from the span store. The app itself is ``
 
 from __future__ import annotations
 
+import asyncio
 import os
 import tomllib
 from collections.abc import Mapping
@@ -29,6 +30,7 @@ from deployments.lifetime import CHECK_SECONDS, end_with
 from deployments.store_api import StoreApiSettings, connect
 from lightning_ray.config import build
 from lightning_ray.errors import ConfigError
+from lightning_ray.metrics.relay import report_relay
 from lightning_ray.relay.app import RelayApp
 from lightning_ray.relay.restoring import spent_before
 from lightning_ray.relay.settings import Upstream, check_upstreams
@@ -63,15 +65,18 @@ class RelaySettings(BaseModel):
 )
 @serve.ingress()
 class Relay:
-    """The only replica. One ``of_run`` ends with it."""
+    """The only replica. One of a ``run`` ends with it, and has metrics of its name."""
 
-    def __init__(self, upstreams: Mapping[str, Upstream], store: Store, secret: bytes, of_run: bool = False):
+    def __init__(self, upstreams: Mapping[str, Upstream], store: Store, secret: bytes, run: str | None = None):
         self.store = store
-        self.of_run = of_run
+        self.run = run
+        self._reporting: asyncio.Task[None] | None = None
         self.relay = RelayApp(upstreams, secret, self._append, partial(spent_before, store))
 
     async def __serve_build_asgi_app__(self) -> RelayApp:
         """The app, in the replica's event loop."""
+        if self.run is not None:
+            self._reporting = asyncio.create_task(report_relay(self.run, self.relay.status))
         return self.relay
 
     async def _append(self, rows: list[dict[str, Any]]) -> None:
@@ -79,7 +84,7 @@ class Relay:
 
     async def check_health(self) -> None:
         """When its run is gone, its application is deleted."""
-        if self.of_run:
+        if self.run is not None:
             await end_with(self.store.actors)
 
     async def status(self) -> dict[str, Any]:
@@ -93,12 +98,12 @@ def app(args: RelaySettings) -> serve.Application:
     return bind(read_upstreams(args.upstreams), store, find_secret(args.secret_file))
 
 
-def bind(upstreams: Mapping[str, Upstream], store: Store, secret: bytes, of_run: bool = False) -> serve.Application:
-    """The application; one ``of_run`` ends with it. Keys that this process's environment has go along with it."""
+def bind(upstreams: Mapping[str, Upstream], store: Store, secret: bytes, run: str | None = None) -> serve.Application:
+    """The application; one of a ``run`` (its name) ends with it. Keys in this process's environment go along."""
     check_upstreams(upstreams)
     deployment: Any = Relay
     known = {name: upstream.with_key() for name, upstream in upstreams.items()}
-    return deployment.options(ray_actor_options={"num_cpus": 0}).bind(known, store, secret, of_run)
+    return deployment.options(ray_actor_options={"num_cpus": 0}).bind(known, store, secret, run)
 
 
 def read_upstreams(path: Path) -> dict[str, Upstream]:

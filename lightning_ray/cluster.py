@@ -260,7 +260,7 @@ class Cluster:
         from deployments.relay import bind
 
         assert self.store is not None
-        application = bind(self._relays, self.store, self.secret, of_run=True)
+        application = bind(self._relays, self.store, self.secret, self.run)
         route = "/relay" if self.owned else f"/{self._name}-relay"
         served = f"{self._name}-relay"
         self._applications.append(served)

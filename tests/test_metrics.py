@@ -8,11 +8,14 @@ from typing import Any, ClassVar, get_args
 
 import pytest
 
+import lightning_ray as lr
 from lightning_ray.metrics import watch
 from lightning_ray.metrics.catalogue import METRICS
 from lightning_ray.metrics.exporter import Exporter
+from lightning_ray.metrics.relay import export_status
 from lightning_ray.metrics.replica import ReplicaMetrics
 from lightning_ray.metrics.watch import Restarts, RunWatch, Watched
+from lightning_ray.relay.app import RelayApp
 from lightning_ray.trackers.ray_metrics import RayMetrics
 from lightning_ray.types import RolloutStatus
 
@@ -275,3 +278,23 @@ async def test_each_call_is_exported_once(recorded: Recorded, monkeypatch: pytes
         await asyncio.sleep(0.02)
     reporting.cancel()
     assert recorded[key] == 2 and recorded["replica_proved", "sql", "policy", "a1"] == 1
+
+
+# Of the relay
+
+
+def test_upstreams_are_told_apart(recorded: Recorded) -> None:
+    status = {**dict.fromkeys(("running", "waiting", "errors", "retries"), 0), "calls": 4, "money": 0.25}
+    tokens = {"prompt_tokens": 100, "cached_tokens": 60, "completion_tokens": 30}
+    export_status(
+        Exporter(run="sql"), {"judge": {**status, **tokens, "max_spend": None}, "other": {**status, **tokens}}
+    )
+    assert recorded["relay_money", "sql", "judge"] == 0.25 and recorded["relay_calls", "sql", "other"] == 4
+    assert recorded["relay_tokens", "sql", "judge", "cached"] == 60 and len(recorded) == 16
+
+
+async def test_the_status_of_a_real_relay_has_all_of_it(recorded: Recorded) -> None:
+    relay = RelayApp({"judge": lr.Upstream(base_url="http://127.0.0.1:9")}, b"s" * 32, lambda rows: asyncio.sleep(0))
+    export_status(Exporter(run="sql"), await relay.status())
+    assert recorded["relay_calls", "sql", "judge"] == 0 == recorded["relay_money", "sql", "judge"]
+    await relay.close()

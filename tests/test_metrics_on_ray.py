@@ -42,7 +42,7 @@ def endpoint() -> Iterator[str]:
 
 
 async def test_every_metric_comes_with_its_tags(endpoint: str) -> None:
-    export = Exporter(**{tag: f"the {tag}" for tag in ("run", "policy", "replica")})
+    export = Exporter(**{tag: f"the {tag}" for tag in ("run", "policy", "replica", "upstream")})
     for metric in METRICS.values():
         tags = {tag: f"the {tag}" for tag in metric.tags[1:]}
         {"gauge": export.set, "counter": export.add, "histogram": export.observe}[metric.kind](metric.name, 3.0, **tags)

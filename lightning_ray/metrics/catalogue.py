@@ -15,6 +15,7 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 1
 RUN = ("run",)
 POLICY = ("run", "policy")
 REPLICA = ("run", "policy", "replica")
+UPSTREAM = ("run", "upstream")
 
 
 @dataclass(frozen=True)
@@ -94,5 +95,12 @@ _ALL = (
         "Of model calls: queue (in the engine), first_token and total (from the request).",
         SECONDS,
     ),
+    # Of the relay; so far, also before it was started anew.
+    _gauge("relay_running", UPSTREAM, "Calls that an upstream is answering."),
+    _gauge("relay_waiting", UPSTREAM, "Calls that its limits hold up."),
+    _gauge("relay_calls", UPSTREAM, "Calls that ended so far."),
+    _gauge("relay_errors", UPSTREAM, "Of these, that failed."),
+    _gauge("relay_tokens", (*UPSTREAM, "kind"), "Tokens so far: of prompts, of these cached, and answered."),
+    _gauge("relay_money", UPSTREAM, "What they cost, in the currency of the prices."),
 )
 METRICS = {metric.name: metric for metric in _ALL}
