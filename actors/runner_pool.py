@@ -33,6 +33,7 @@ from lightning_ray.placement.places import Places
 from lightning_ray.running.sizing import Sizing, crowded_node
 from lightning_ray.running.travel import pickled
 from lightning_ray.store.base import Store
+from lightning_ray.waiting import waiting
 
 TICK_SECONDS = 1.0
 NODES_SECONDS = 10.0
@@ -176,7 +177,8 @@ class RunnerPool:
         running = actor.run.remote(*self._arguments)
         reason, died, process = STOPPED, False, Process("runner", slot.worker_id)
         try:
-            slot.info = await actor.info.remote()
+            with waiting("a runner to start"):
+                slot.info = await actor.info.remote()
             process = Process.at("runner", slot.worker_id, slot.info)
             await self._take_over(slot)
             reason = await running
@@ -259,7 +261,8 @@ class RunnerPool:
         slot.leaving = reason
         if slot.actor is not None:
             with contextlib.suppress(Exception):
-                await slot.actor.drain.remote(reason)
+                async with asyncio.timeout(TICK_SECONDS):  # it may be stuck, and is killed for that elsewhere
+                    await slot.actor.drain.remote(reason)
 
     async def _spread(self) -> None:
         """Replace a runner of a crowded node by one on a node that has fewer, when all are up."""

@@ -22,8 +22,9 @@ from benchmarks.capture_model import LONGEST, make_model
 from benchmarks.capture_replica import Replica
 from benchmarks.capture_stub import SAMPLED, logprob_of
 from lightning_ray.capture.keys import Claims, issue_key
-from lightning_ray.cluster import CPU_ENGINE, QUIET, Cluster
+from lightning_ray.cluster import Cluster
 from lightning_ray.config import EngineSettings
+from lightning_ray.serving import CPU_ENGINE, QUIET
 from lightning_ray.store import Store
 
 NAME = "policy"

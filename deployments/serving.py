@@ -20,13 +20,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
 from lightning_ray.capture.refusal import refuse
-from lightning_ray.cluster import policy_options
 from lightning_ray.config import EngineSettings
 from lightning_ray.errors import ConfigError, SwapError
 from lightning_ray.evaluation.subject import Subject, subject_of
 from lightning_ray.policy.loaded import Loaded, loaded_from
 from lightning_ray.policy.proof import CANARY, max_difference
 from lightning_ray.run_state import ONLY
+from lightning_ray.serving import policy_options
 
 KEY_VARIABLE = "LIGHTNING_RAY_API_KEY"
 KEY_LENGTH = 16

@@ -8,7 +8,6 @@ out of it.
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import re
 import secrets
@@ -44,12 +43,12 @@ from lightning_ray.policy.transfer import Replicas, transfer_of
 from lightning_ray.relay.settings import Upstream
 from lightning_ray.run_state import ONLY
 from lightning_ray.scratch import Scratch
+from lightning_ray.serving import answers_of, deployed, policy_options, serve_address, start_serve, within
 from lightning_ray.store.base import Store
 from lightning_ray.store.client import StoreClient
 from lightning_ray.store.shards import ShardedStore
 from lightning_ray.threads import in_thread
 from lightning_ray.types import ProxyLLM
-from lightning_ray.waiting import waiting
 
 if TYPE_CHECKING:
     from actors.runner_pool import RunnerPool
@@ -60,25 +59,8 @@ OBJECT_STORE_BYTES = 2**30
 """Room for the weights of a small model, twice; memory is taken as it is used."""
 STOP_SECONDS = 8.0
 RELAY_SECONDS = 120.0
-EVERYWHERE = ("0.0.0.0", "::")
-"""Hosts of a proxy that listens on every interface of its node."""
 LEASE_SECONDS = 30.0
 """How long a runner may be silent (it beats every two seconds) before its rollouts are played elsewhere."""
-
-QUIET = {
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-}
-CPU_ENGINE = {
-    "TORCHDYNAMO_DISABLE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-}
-"""One thread an engine; its worker in its own process (half the memory of the default); no compiler at work for 15 s on
-the first logprobs, for one small function."""
 
 
 class Cluster:
@@ -221,8 +203,6 @@ class Cluster:
 
         Answers start with the first proved push; with ``loaded``, under the weights of the folder and without one.
         """
-        from ray import serve
-
         from deployments.policy import Policy
 
         options = policy_options(settings, self.places)
@@ -231,16 +211,13 @@ class Cluster:
         tags = {"run": self.run, "policy": name}
         served = self._name if name == ONLY else f"{self._name}-{name}"
         self._applications.append(served)
-
-        def deploy() -> Any:
-            application = Policy.options(**options).bind(  # type: ignore[attr-defined]
-                str(model), model_name, settings, self.store, self.secret, loaded, audience, tags
-            )
-            return serve.run(application, name=served, route_prefix=route or "/")
-
+        application = Policy.options(**options).bind(  # type: ignore[attr-defined]
+            str(model), model_name, settings, self.store, self.secret, loaded, audience, tags
+        )
         await self._start_serve(settings)
         what = f"the deployment of {'the policy' if name == ONLY else name} at {serve_address()}{route}"
-        self._deployed[name] = await within(in_thread(deploy), settings.startup_timeout_seconds, what)
+        seconds = settings.startup_timeout_seconds
+        self._deployed[name] = await deployed(application, served, route or "/", seconds, what)
         self._swap_timeouts[name] = settings.swap_timeout_seconds
         return ProxyLLM(endpoint=f"{serve_address()}{route}/v1", model=model_name)
 
@@ -255,8 +232,6 @@ class Cluster:
         """Serve the relay, beside the policy or alone; returns the endpoints that agents use, by name."""
         if not self._relays:
             return {}
-        from ray import serve
-
         from deployments.relay import bind
 
         assert self.store is not None
@@ -264,13 +239,9 @@ class Cluster:
         route = "/relay" if self.owned else f"/{self._name}-relay"
         served = f"{self._name}-relay"
         self._applications.append(served)
-
-        def deploy() -> Any:
-            return serve.run(application, name=served, route_prefix=route)
-
         if not self._deployed:
             await self._start_serve(EngineSettings())
-        await within(in_thread(deploy), RELAY_SECONDS, "the relay deployment")
+        await deployed(application, served, route, RELAY_SECONDS, "the relay deployment")
         return {
             name: ProxyLLM(endpoint=f"{serve_address()}{route}/to/{name}/v1", model=upstream.model or name)
             for name, upstream in self._relays.items()
@@ -284,8 +255,8 @@ class Cluster:
         """Calls a control method on every live replica of a policy."""
 
         async def call(method: str, *arguments: Any) -> list[Any]:
-            response = self._deployed[name].broadcast(method, *arguments)
-            return await in_thread(lambda: response.results(timeout_s=self._swap_timeouts[name]))
+            what = "the policy's replicas" if name == ONLY else f"{name}'s replicas"
+            return await answers_of(self._deployed[name], method, arguments, self._swap_timeouts[name], what)
 
         return call
 
@@ -379,28 +350,6 @@ def plain_name(run: str) -> str:
     return re.sub(r"[^a-zA-Z0-9._-]+", "-", run).strip("-.") or "run"
 
 
-def policy_options(settings: EngineSettings, places: Places | None = None) -> dict[str, Any]:
-    """What Serve is asked for: replicas, their place, and their limits."""
-    variables = QUIET | (CPU_ENGINE if settings.device == "cpu" else {})
-    if settings.world_size > 1:
-        variables = {name: value for name, value in variables.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-    if settings.whole_transfer == "ipc":
-        variables["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # handles to memory, from the replica to its own engine
-    options = (places or Places()).replica(settings)
-    options["ray_actor_options"]["runtime_env"] = {"env_vars": variables}
-    options["max_ongoing_requests"] = settings.max_calls
-    options["graceful_shutdown_timeout_s"] = settings.drain_seconds
-    if settings.max_replicas is None:
-        options["num_replicas"] = settings.replicas
-    else:
-        options["autoscaling_config"] = {
-            "min_replicas": settings.replicas,
-            "max_replicas": settings.max_replicas,
-            "target_ongoing_requests": settings.calls_per_replica,
-        }
-    return options
-
-
 async def together(*work: Any) -> list[Any]:
     """Await all; the first failure cancels the others and is raised as it is."""
     tasks = [asyncio.ensure_future(each) for each in work]
@@ -410,44 +359,6 @@ async def together(*work: Any) -> list[Any]:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def within(work: Any, seconds: float, what: str) -> Any:
-    """Await with a deadline. Raises InfrastructureError that names what did not come."""
-    try:
-        with waiting(what):
-            return await asyncio.wait_for(work, seconds)
-    except TimeoutError:
-        raise InfrastructureError(
-            f"{what} did not come up within {seconds:.0f} s; see the logs in Ray's session folder, "
-            "or allow more by engine.startup_timeout_seconds"
-        ) from None
-
-
-def start_serve(host: str, port: int) -> None:
-    """Start Serve with its HTTP there, unless it runs already."""
-    from ray import serve
-
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "ERROR"})
-
-
-def serve_address() -> str:
-    """Where Serve's HTTP proxy is reached: ours, or that of the cluster we joined, whose options came first."""
-    from ray.serve.context import _get_global_client
-
-    http = _get_global_client().http_config
-    host = head_address() if http.host in EVERYWHERE else http.host
-    return f"http://{host}:{http.port}"
-
-
-def head_address() -> str:
-    """The address of the head node, which always has one of Serve's proxies; other nodes have one beside replicas."""
-    import ray
-
-    [head] = [node for node in ray.nodes() if node["Alive"] and "node:__internal_head__" in node["Resources"]]
-    address: str = head["NodeManagerAddress"]
-    return address
 
 
 def check_packages() -> None:

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from lightning_ray.algorithms.grpo import GRPO
-from lightning_ray.cluster import policy_options
 from lightning_ray.config import EngineSettings, build
 from lightning_ray.errors import ConfigError, InfrastructureError, TrainersLostError
 from lightning_ray.policy.phases import Phases
 from lightning_ray.policy.publish import WeightPublisher, load_transfer
 from lightning_ray.policy.transfer import CHUNK_BYTES, MOST_CHUNKS, ObjectTransfer, transfer_of
+from lightning_ray.serving import policy_options
 
 MEMBERS = [{"replica_id": "r", "vocabulary": 100, "workers": 1}]
 

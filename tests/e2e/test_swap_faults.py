@@ -21,6 +21,7 @@ from lightning_ray.algorithms.grpo import GRPO
 from lightning_ray.cluster import Cluster
 from lightning_ray.config import EngineSettings, RunnerSettings
 from lightning_ray.errors import TrainersLostError
+from lightning_ray.events import read_events
 from lightning_ray.policy import transfer
 from lightning_ray.progress import Reporter
 from lightning_ray.run import Run
@@ -183,7 +184,19 @@ async def test_a_replica_that_dies_in_the_middle_does_not_stop_the_swap(run: Run
         assert time.monotonic() < deadline, members
         await asyncio.sleep(0.5)
     assert victim["replica_id"] not in {m["replica_id"] for m in members}
+    death = await told_death(run, "policy replica", victim["pid"])
+    assert "SIGKILL" in death["cause"] or "without a word" in death["cause"]
+    assert death["lost"] == "no rollout" and death["next"].startswith("Serve starts another")
     await still_works(run)
+
+
+async def told_death(run: Run, role: str, pid: int) -> dict[str, Any]:
+    """What a person was told of it, once."""
+    async with asyncio.timeout(30):
+        while not (told := [e for e in read_events(run.folder.path) if e["role"] == role and e["pid"] == pid]):
+            await asyncio.sleep(0.5)
+    [death] = told
+    return death
 
 
 async def test_replicas_that_cannot_be_mended_are_restarted(run: Run) -> None:
@@ -201,8 +214,10 @@ async def test_a_rank_that_dies_in_the_push_is_named(run: Run) -> None:
     def dies(rank: Any) -> None:
         rank.publisher.export = lambda *chunk: os.kill(os.getpid(), signal.SIGKILL)
 
+    pid = await run.cluster.trainers.ranks[0].pid.remote()
     await at_rank_0(run, dies)
-    with pytest.raises(TrainersLostError, match=r"trainer rank 0 died during 'export'"):
+    with pytest.raises(TrainersLostError, match=r"trainer rank 0 died during 'export' .*: .*Lost: the steps since"):
         await asyncio.wait_for(run.publish(run.state.version + 1), 60)
+    assert (await told_death(run, "trainer rank", pid))["lost"] == "the steps since the last checkpoint"
     await run.restart_trainers("it was killed")
     await still_works(run)

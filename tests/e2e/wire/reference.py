@@ -10,10 +10,10 @@ from pathlib import Path
 
 import httpx
 
-from lightning_ray.cluster import CPU_ENGINE, QUIET
 from lightning_ray.config import EngineSettings
 from lightning_ray.net import free_port
 from lightning_ray.policy.engine_arguments import engine_arguments
+from lightning_ray.serving import CPU_ENGINE, QUIET
 
 OURS = ("--worker-extension-cls", "--weight-transfer-config")
 SECONDS = 120

@@ -15,7 +15,7 @@ import anthropic
 import openai
 import pytest
 
-from lightning_ray.cluster import CPU_ENGINE, QUIET
+from lightning_ray.serving import CPU_ENGINE, QUIET
 from lightning_ray.trajectories.episode import read_episodes
 from tests.e2e.wire.cases import CHAT_TOOLS, FLAT_TOOLS, MESSAGE_TOOLS
 from tests.e2e.wire.clients import MOST
