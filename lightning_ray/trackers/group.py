@@ -16,7 +16,6 @@ from pathlib import Path
 from lightning_ray.trackers.base import Row, Tracker
 from lightning_ray.trackers.choice import Choice, maker, name_of
 from lightning_ray.trackers.jsonl import JsonlTracker
-from lightning_ray.trackers.ray_metrics import RayMetrics
 from lightning_ray.trackers.tensorboard import TensorBoardTracker
 
 CLOSE_SECONDS = 15.0
@@ -30,10 +29,16 @@ class Trackers:
     """See the module. They are opened by the first row; ``note`` shows a line to a person."""
 
     def __init__(self, folder: Path, note: Note, asked: Sequence[Choice] = ()):
+
+        def ray_metrics() -> Tracker:
+            from lightning_ray.trackers.ray_metrics import RayMetrics
+
+            return RayMetrics(folder.name)
+
         always: dict[str, Make] = {
             "metrics.jsonl": lambda: JsonlTracker(folder / "metrics.jsonl"),
             "TensorBoard": lambda: TensorBoardTracker(folder / "tensorboard"),
-            "Ray metrics": lambda: RayMetrics(folder.name),
+            "Ray metrics": ray_metrics,
         }
         self._note = note
         self._always = [Guarded(name, make, note) for name, make in always.items()]
