@@ -5,12 +5,15 @@ while that lives (a consistent hash of the attempt's key, so that its prefixes a
 a replica took and did not answer is sent to another, once. What it listens on for itself is loopback.
 
 Serve's processes read these variables when they start: they are set before Ray is started, and for a cluster that is
-joined, in that cluster's own environment.
+joined, in that cluster's own environment, on each node::
+
+    eval "$(python -m deployments.haproxy FOLDER)" && ray start ...
 """
 
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 
 from lightning_ray.net import free_port
@@ -61,3 +64,12 @@ def haproxy_environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": str(PROXY_CHECK_SECONDS),
     }
+
+
+def exports(folder: Path) -> str:
+    """The variables as a shell sets them."""
+    return "\n".join(f"export {name}={shlex.quote(value)}" for name, value in haproxy_environment(folder).items())
+
+
+if __name__ == "__main__":
+    print(exports(Path(sys.argv[1]).expanduser().absolute()))

