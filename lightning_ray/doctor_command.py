@@ -15,8 +15,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_ray.doctor_events import show_events
 from lightning_ray.doctor_steps import show_steps
 from lightning_ray.errors import ConfigError
+from lightning_ray.events import read_events
 from lightning_ray.spans_command import add_folder_argument, store_folder
 
 if TYPE_CHECKING:
@@ -47,6 +49,8 @@ def add_doctor_command(commands: Any) -> None:
 
 def doctor(given: argparse.Namespace) -> int:
     """Run the command. Raises ConfigError and StoreError for what the user can mend."""
+    from rich.console import Console
+
     from lightning_ray.store.view import open_folder
     from lightning_ray.trajectories.doctor import examine
 
@@ -67,6 +71,7 @@ def doctor(given: argparse.Namespace) -> int:
             broken = any(each.breaks for each in report.diagnoses)
             print_report(report, load_decode(run, policy=facts.policy) if broken else None, given.rollout is not None)
             if given.rollout is None:
+                show_events(read_events(run), Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False))
                 show_steps(report.steps, given.step is not None, None if sys.stdout.isatty() else WIDTH)
         sys.stdout.flush()
     except BrokenPipeError:  # who reads our output has had enough, as in ``| head``

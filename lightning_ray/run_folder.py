@@ -30,6 +30,7 @@ README = """# Run {name}
 | `metrics.jsonl` | one JSON object for each step and each validation |
 | `tensorboard/` | the same for `tensorboard --logdir`; `wandb/` for W&B, if it was asked for |
 | `steps.jsonl` | for each step the groups of rollouts that it settled, in order, and the version of the weights |
+| `events.jsonl` | what else happened: parts that died, and why; steps that took long, and what everyone was at |
 | `report.html`, `best/` | where prompts were optimised: every candidate with its critique, and the best templates |
 | `config.json` | the resolved settings |
 | `owner.json` | who works on it, or did last: process, host and Ray job |

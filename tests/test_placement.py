@@ -122,6 +122,7 @@ def test_a_run_that_fits_goes_on_and_one_that_must_wait_is_told_apart() -> None:
     assert check(asks, View([node(2)]))
     assert not check(asks, View([node(2, free=1)])), "others may leave"
     assert not check(asks, View([node(1)], [NodeType("more", {"CPU": 2}, {}, 3)])), "a node may be added"
+    assert not check(asks, View([node(1)], unknown=True)), "nobody knows what may be added"
 
 
 def test_a_refusal_says_what_is_asked_what_there_is_and_what_to_change() -> None:

@@ -10,6 +10,7 @@ from lightning_ray.placement.settings import ROLE_LABEL, matches
 from lightning_ray.placement.view import COUNTED, Node, NodeType, View
 
 SHOWN_NODES = 12
+UNKNOWN = "what its autoscaler could add, if it has one, it does not tell"
 
 
 def refusal(asks: Sequence[Ask], view: View, missing: Sequence[tuple[Ask, int]], waited: float = 0.0) -> str:
@@ -23,7 +24,7 @@ def refusal(asks: Sequence[Ask], view: View, missing: Sequence[tuple[Ask, int]],
         *(f"  {ask.title}: {ask}" for ask in asks),
         "the cluster has:",
         *nodes_shown(view.nodes),
-        *(["it could add:", *could] if could else ["it adds no nodes by itself"]),
+        *(["it could add:", *could] if could else [UNKNOWN if view.unknown else "it adds no nodes by itself"]),
         "to change: " + "; or ".join(dict.fromkeys(advice(ask, view) for ask, _ in missing)),
     ]
     return "\n".join(lines)

@@ -3,7 +3,8 @@
 fits what is free                        -> go on
 fits what is there, or could be added    -> hold: placement groups ask for it, and tell the autoscaler; a line tells
                                             how long; when all are there, they make way for the parts themselves
-fits neither                             -> ConfigError, before anything is started
+fits neither                             -> ConfigError, before anything is started; unless there may be an autoscaler
+                                            that did not tell what it could add: then it is waited for
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def check(asks: Sequence[Ask], view: View) -> bool:
     if not missing(asks, view.nodes):
         return True
     most = sum(ask.count * len(ask.bundles) for ask in asks)
-    if never := missing(asks, view.grown(most), free=False):
+    if not view.unknown and (never := missing(asks, view.grown(most), free=False)):
         raise ConfigError(refusal(asks, view, never))
     return False
 
@@ -48,7 +49,7 @@ async def make_room(asks: Sequence[Ask], view: View, wait_seconds: float, note: 
             waited = time.monotonic() - began
             if waited > wait_seconds:
                 now = await asyncio.to_thread(look, False)
-                now = View(now.nodes, view.types)
+                now = View(now.nodes, view.types, view.unknown)
                 lacking = [(ask, sum(each is ask for each, _ in waiting)) for ask in asks]
                 raise ConfigError(refusal(asks, now, [pair for pair in lacking if pair[1]], waited))
             if time.monotonic() - told > TELL_SECONDS:

@@ -44,6 +44,8 @@ class View:
 
     nodes: Sequence[Node]
     types: Sequence[NodeType] = ()
+    unknown: bool = False
+    """Whether there may be an autoscaler that did not tell what it could add."""
 
     def labels(self) -> list[Mapping[str, str]]:
         """Of all nodes that there are or may be."""
@@ -61,7 +63,8 @@ class View:
 
 def look(joined: bool) -> View:
     """The cluster as it is now. A Ray of our own has no autoscaler. Blocks for seconds on one that is joined."""
-    return View(nodes_now(), node_types() if joined else ())
+    types = node_types() if joined else []
+    return View(nodes_now(), types or [], types is None)
 
 
 def nodes_now() -> list[Node]:
@@ -82,8 +85,8 @@ def nodes_now() -> list[Node]:
     ]
 
 
-def node_types() -> list[NodeType]:
-    """What the autoscaler of the head could add; nothing if there is none, or if it cannot be asked."""
+def node_types() -> list[NodeType] | None:
+    """What the autoscaler of the head could add; nothing if there is none, None if it cannot be asked."""
     import ray
 
     task: Any = ray.remote(_types_here).options(num_cpus=0, resources={HEAD: 0.001}, max_retries=0)
@@ -92,7 +95,7 @@ def node_types() -> list[NodeType]:
         return found
     except Exception as error:
         logger.info("the head did not tell what its autoscaler could add: %s", error)
-        return []
+        return None
 
 
 def _types_here() -> list[NodeType]:
