@@ -44,6 +44,7 @@ from lightning_ray.relay.settings import Upstream
 from lightning_ray.run_state import ONLY
 from lightning_ray.scratch import Scratch
 from lightning_ray.serving import answers_of, deployed, policy_options, serve_address, start_serve, within
+from lightning_ray.stopping import take_back_sigterm
 from lightning_ray.store.base import Store
 from lightning_ray.store.client import StoreClient
 from lightning_ray.store.shards import ShardedStore
@@ -131,6 +132,7 @@ class Cluster:
             }
         with environment(self._front_door()):
             ray.init(self.address, **options)
+        take_back_sigterm()
         self.failure = asyncio.get_running_loop().create_future()
         self._deaths = DeathWatch(self.events.death, lambda: self._applications, self._ray_died)
         self._deaths.start()

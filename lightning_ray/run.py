@@ -335,8 +335,7 @@ class Run:
         except Exception as error:  # what ended the run matters more
             self.reporter.note(f"reward.png and training.png could not be drawn: {error}")
         if self.mirror is not None:
-            with self.reporter.stage(f"the rest to {self.mirror.url}"):
-                await self.mirror.finish()
+            await self.mirror.finish()
 
     async def _mirrored(self, what: str) -> None:
         """Wait until what is in the folder is at the run's URL, if it has one."""

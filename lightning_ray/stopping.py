@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -84,3 +85,9 @@ def seconds_given() -> float:
     if given is not None:
         return float(given) - END_SECONDS
     return (OTHER_SECONDS if this_job() is None else JOB_SECONDS) - END_SECONDS
+
+
+def take_back_sigterm() -> None:
+    """Have SIGTERM handled as before Ray was started, which has it print a stack and end the process."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))

@@ -416,7 +416,7 @@ async def test_a_storage_that_fails_is_told_once_and_caught_up_with(
     training.end()
     await mirror.finish(30)
     mirror.verify()
-    assert NOTES[2:] == [f"{runs}/sql is kept up again"]
+    assert NOTES[2:] == [f"{runs}/sql is kept up again", f"all of it is at {runs}/sql"]
     machines("second")
     pull(run_place(runs, "sql"), everything)
     assert check_whole(RunFolder(run_place(runs, "sql"))) == 3

@@ -81,12 +81,14 @@ class Mirror:
         """Send the rest. What is not there by then is told."""
         self._ending = True
         self.ask()
-        if not await in_thread(self._wait, seconds, True):
-            missing = self.copy.missing()
-            named = ", ".join(missing[:NAMED]) + (f" and {len(missing) - NAMED} more" if len(missing) > NAMED else "")
-            because = self._failure or f"it takes longer than {seconds:.0f} s"
-            self.lacking = f"{self.url} lacks {named}: {because}. All of it is in {self._path}"
-            self._note(self.lacking)
+        if await in_thread(self._wait, seconds, True):
+            self._note(f"all of it is at {self.url}")
+            return
+        missing = self.copy.missing()
+        named = ", ".join(missing[:NAMED]) + (f" and {len(missing) - NAMED} more" if len(missing) > NAMED else "")
+        because = self._failure or f"it takes longer than {seconds:.0f} s"
+        self.lacking = f"{self.url} lacks {named}: {because}. All of it is in {self._path}"
+        self._note(self.lacking)
 
     def verify(self) -> None:
         """Raises InfrastructureError if not all is there, after ``finish``, or another process took the run over."""
