@@ -161,18 +161,21 @@ class PolicyTrainerGroup:
         called: str | None = None,
         tell: Callable[[Death], None] | None = None,
         ask: Ask | None = None,
+        wait_seconds: float | None = None,
     ) -> PolicyTrainerGroup:
         """Start ``ranks`` actors and load the model, within ``timeout`` seconds altogether. Their names in Ray are
-        ``{called}-0`` and so on. They go, all together, where ``ask`` says.
+        ``{called}-0`` and so on. They go, all together, where ``ask`` says, and wait for that
+        place for ``wait_seconds`` of their own, if so told.
 
         Raises ConfigError for settings that cannot work, InfrastructureError if a rank does not come up;
         nothing is left running then.
         """
         # One thread a rank: ranks on one machine would otherwise fight for its cores.
         env = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-        deadline = time.monotonic() + timeout
+        began = time.monotonic()
         ask = ask or Places().ranks(ranks, settings.gpu_share if settings.device == "cuda" else 0)
-        place = await placed(ask, timeout)
+        place = await placed(ask, timeout if wait_seconds is None else wait_seconds)
+        deadline = (began if wait_seconds is None else time.monotonic()) + timeout
         group = cls(tell=tell, place=place)
         try:
             for rank, bundle in enumerate(ask.bundles):

@@ -59,6 +59,8 @@ class Slot:
     info: Whereabouts | None = None
     deaths: list[str] = field(default_factory=list)
     """Reasons of the last deaths in a row."""
+    cause: str = ""
+    """Of its last death; the same one again is not shown again."""
     ended_at_first_death: int = 0
     leaving: str | None = None
     """Why it is being drained for good."""
@@ -75,7 +77,8 @@ class Slot:
 class RunnerPool:
     """Runners of one agent on one store; ``name`` begins the names of its actors.
 
-    ``failure`` carries the error when runners die again and again, and nothing is ended; ``tell`` hears of each death.
+    ``failure`` carries the error when runners die again and again, and nothing is ended; ``tell`` hears of each death,
+    and whether it is worth showing.
     """
 
     def __init__(
@@ -87,7 +90,7 @@ class RunnerPool:
         settings: RunnerSettings,
         hooks: Sequence[Hook] = (),
         failure: asyncio.Future[None] | None = None,
-        tell: Callable[[Death], None] | None = None,
+        tell: Callable[[Death, bool], None] | None = None,
         places: Places | None = None,
     ):
         self._name = name
@@ -188,7 +191,8 @@ class RunnerPool:
             death = await asyncio.to_thread(death_of, process, error)
             reason, died = f"{death.cause} ({process.place})", True
             if self._tell is not None and not self._stopping:
-                self._tell(death)
+                self._tell(death, death.cause != slot.cause)
+            slot.cause = death.cause
         await self._release(slot.worker_id, reason)
         slot.actor = None
         _kill(actor)

@@ -280,6 +280,7 @@ class Cluster:
             ranks=ranks,
             called=called,
             tell=partial(self.events.death, shown=False),
+            wait_seconds=self.places.placement.wait_seconds,
             ask=self.places.ranks(ranks, settings.gpu_share if settings.device == "cuda" else 0),
         )
         await trainers.call("load_transfer", transfer, timeout=120.0)

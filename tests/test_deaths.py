@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -10,12 +11,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from lightning_ray.deaths import Death, Process, death_of, told_of
 from lightning_ray.deaths.evidence import Evidence, gather, log_end
 from lightning_ray.deaths.exits import Exits, in_words
 from lightning_ray.deaths.told import Told
 from lightning_ray.deaths.watch import role_of
+from lightning_ray.doctor_events import show_events
 from lightning_ray.events import Events, read_events
 
 WORDLESS = (
@@ -150,3 +153,17 @@ def test_events_are_shown_and_kept(tmp_path: Path) -> None:
         }
     )
     assert (waiting["kind"], waiting["parts"]) == ("waiting", ["phase: rollouts"])
+
+
+def test_doctor_lists_what_died_and_when_the_run_was_late(tmp_path: Path) -> None:
+    events = Events(tmp_path)
+    for number in range(10):
+        events.death(Death(RUNNER, f"cause {number}", "no rollout", "another takes its place"))
+    events.waiting("step 3 lasts 80 s", ["runners: 2 up"])
+    console = Console(file=io.StringIO(), width=100)
+    show_events(read_events(tmp_path), console)
+    told = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "10 parts died" in told and "cause 9" in told and "cause 1\n" not in told
+    assert "Late 1 times" in told and "step 3 lasts 80 s\n  runners: 2 up" in told
+    show_events([], silent := Console(file=io.StringIO()))
+    assert silent.file.getvalue() == ""  # type: ignore[attr-defined]

@@ -20,6 +20,7 @@ from lightning_ray.placement.asks import Ask, countable
 from lightning_ray.placement.packing import missing
 from lightning_ray.placement.refusal import refusal
 from lightning_ray.placement.view import View, look
+from lightning_ray.waiting import waiting
 
 TELL_SECONDS = 20.0
 """Between two lines on what is waited for."""
@@ -65,11 +66,12 @@ async def placed(ask: Ask, seconds: float) -> Any:
     """The placement group of one unit, in its place. Raises InfrastructureError if it finds none within ``seconds``."""
     group, deadline = hold(ask), time.monotonic() + seconds
     try:
-        while not is_there(group):
-            if time.monotonic() > deadline:
-                view = await asyncio.to_thread(look, False)
-                raise InfrastructureError(refusal([ask], view, [(ask, 1)], seconds))
-            await asyncio.sleep(GROUP_SECONDS)
+        with waiting(f"a place for {ask.title}: {ask}"):
+            while not is_there(group):
+                if time.monotonic() > deadline:
+                    view = await asyncio.to_thread(look, False)
+                    raise InfrastructureError(refusal([ask], view, [(ask, 1)], seconds))
+                await asyncio.sleep(GROUP_SECONDS)
     except BaseException:
         let_go(group)
         raise
