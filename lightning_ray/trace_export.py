@@ -12,6 +12,7 @@ Every span of an attempt is under one trace id (``trace_ids``), whatever recorde
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -19,19 +20,21 @@ from typing import Any
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import Event, ReadableSpan
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
-from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags
+from opentelemetry.trace import Link, SpanKind, Status, StatusCode
 
 from lightning_ray.otel import flatten_attributes, sanitize_attributes
-from lightning_ray.semconv import (
-    ATTEMPT_SPAN,
-    CLIENT_SPAN,
-    DROPPED_SPAN,
-    MODEL_CALL_NAMES,
-    STEP_SPAN,
-    TRAINED_SPAN,
-    LightningResourceAttributes,
-)
+from lightning_ray.semconv import ATTEMPT_SPAN, CLIENT_SPAN, DROPPED_SPAN, STEP_SPAN, TRAINED_SPAN
 from lightning_ray.trace_ids import part_id_of, root_id_of, trace_id_of
+from lightning_ray.trace_terms import (
+    AFTERWARDS,
+    context,
+    ids_of,
+    is_captured,
+    nanoseconds,
+    service,
+    status,
+    told_of_call,
+)
 from lightning_ray.types import Attempt, Rollout, Span
 
 CONTENT = ("request", "data", "gen_ai.prompt", "gen_ai.completion", "gen_ai.input", "gen_ai.output")
@@ -76,18 +79,18 @@ class TraceExport:
             }
             yield ReadableSpan(
                 name=STEP_SPAN,
-                context=_context(trace, span_id),
+                context=context(trace, span_id),
                 resource=self._resource("trainer", {}),
                 attributes=sanitize_attributes({**step, **counts, **figures.get(step["lightning_ray.step"], {})}),
-                links=[Link(_context(trace_id_of(s.rollout_id, s.attempt_id), s.span_id)) for s in told],
+                links=[Link(context(trace_id_of(s.rollout_id, s.attempt_id), s.span_id)) for s in told],
                 status=Status(StatusCode.OK),
-                start_time=_nanoseconds(min(span.start_time or 0.0 for span in told)),
-                end_time=_nanoseconds(max(span.end_time or 0.0 for span in told)),
+                start_time=nanoseconds(min(span.start_time or 0.0 for span in told)),
+                end_time=nanoseconds(max(span.end_time or 0.0 for span in told)),
                 instrumentation_scope=_SCOPE,
             )
 
     def _root(self, rollout: Rollout, attempt: Attempt, trace: str, root: str, spans: Sequence[Span]) -> ReadableSpan:
-        ends = [span.end_time for span in spans if span.end_time is not None and span.name not in _AFTERWARDS]
+        ends = [span.end_time for span in spans if span.end_time is not None and span.name not in AFTERWARDS]
         told = {
             "status": attempt.status,
             "mode": rollout.mode,
@@ -99,35 +102,33 @@ class TraceExport:
         attributes = {f"lightning_ray.{name}": value for name, value in told.items() if value is not None}
         return ReadableSpan(
             name=ATTEMPT_SPAN,
-            context=_context(trace, root),
-            resource=self._resource("runner", _ids(rollout.rollout_id, attempt.attempt_id)),
-            attributes=sanitize_attributes(flatten_attributes(attributes)),
-            status=_status("OK" if attempt.status == "succeeded" else "ERROR", attempt.status),
-            start_time=_nanoseconds(attempt.start_time),
-            end_time=_nanoseconds(attempt.end_time or max(ends, default=attempt.start_time)),
+            context=context(trace, root),
+            resource=self._resource("runner", ids_of(rollout.rollout_id, attempt.attempt_id)),
+            attributes=self._shown(attributes),
+            status=status("OK" if attempt.status == "succeeded" else "ERROR", attempt.status),
+            start_time=nanoseconds(attempt.start_time),
+            end_time=nanoseconds(attempt.end_time or max(ends, default=attempt.start_time)),
             instrumentation_scope=_SCOPE,
         )
 
     def _span(self, span: Span, trace: str, parent: str, call: Sequence[int] | None) -> ReadableSpan:
-        by = "policy" if call is not None else "trainer" if span.name in _AFTERWARDS else "runner"
-        by = "relay" if call is None and is_captured(span) else by
         extra = span.__pydantic_extra__ or {}
         scope = extra.get("instrumentation_scope") or {}
-        attributes = _told_of_call(span, extra, call or ()) if is_captured(span) else span.attributes
+        attributes = told_of_call(span, extra, call or ()) if is_captured(span) else span.attributes
         if self._content and is_captured(span):
             attributes = {**attributes, "gen_ai.input.messages": json.dumps(span.attributes.get("request"))}
         return ReadableSpan(
             name=span.name,
-            context=_context(trace, span.span_id),
-            parent=_context(trace, parent),
-            resource=self._resource(by, _ids(span.rollout_id, span.attempt_id)),
-            attributes=sanitize_attributes(self._shown(flatten_attributes(attributes))),
-            events=[Event(e.name, sanitize_attributes(e.attributes), _nanoseconds(e.timestamp)) for e in span.events],
-            links=[Link(_context(link.context.trace_id, link.context.span_id)) for link in span.links],
+            context=context(trace, span.span_id),
+            parent=context(trace, parent),
+            resource=self._resource(service(span, call), ids_of(span.rollout_id, span.attempt_id)),
+            attributes=self._shown(attributes),
+            events=[Event(e.name, sanitize_attributes(e.attributes), nanoseconds(e.timestamp)) for e in span.events],
+            links=[Link(context(link.context.trace_id, link.context.span_id)) for link in span.links],
             kind=SpanKind.SERVER if is_captured(span) else SpanKind[extra.get("kind", "INTERNAL")],
-            status=_status(span.status.status_code, span.status.description),
-            start_time=_nanoseconds(span.start_time),
-            end_time=_nanoseconds(span.end_time or span.start_time),
+            status=status(span.status.status_code, span.status.description),
+            start_time=nanoseconds(span.start_time),
+            end_time=nanoseconds(span.end_time or span.start_time),
             instrumentation_scope=InstrumentationScope(scope["name"], scope.get("version")) if scope else _SCOPE,
         )
 
@@ -145,67 +146,23 @@ class TraceExport:
         ):
             yield ReadableSpan(
                 name=f"lightning_ray.{name}",
-                context=_context(f"{call.context.trace_id:032x}", part_id_of(span.span_id, name)),
+                context=context(f"{call.context.trace_id:032x}", part_id_of(span.span_id, name)),
                 parent=call.context,
                 resource=call.resource,
-                start_time=_nanoseconds(start),
-                end_time=_nanoseconds(end),
+                start_time=nanoseconds(start),
+                end_time=nanoseconds(end),
                 instrumentation_scope=_SCOPE,
             )
 
     def _shown(self, attributes: Mapping[str, Any]) -> dict[str, Any]:
-        hidden = () if self._content else CONTENT
-        return {key: value for key, value in attributes.items() if value is not None and not key.startswith(hidden)}
+        """What OpenTelemetry can hold, without what was said."""
+        hidden, told = () if self._content else CONTENT, attributes
+        with contextlib.suppress(ValueError):  # maps whose keys are no names stay as they are
+            told = flatten_attributes(told)
+        return sanitize_attributes({k: v for k, v in told.items() if v is not None and not k.startswith(hidden)})
 
     def _resource(self, by: str, ids: Mapping[str, str]) -> Resource:
         return Resource({"service.name": f"{self._run}/{by}", "lightning_ray.run": self._run, **ids})
-
-
-_AFTERWARDS = (TRAINED_SPAN, DROPPED_SPAN)
-_CALLS = frozenset(MODEL_CALL_NAMES.values())
-
-
-def is_captured(span: Span) -> bool:
-    """Whether it is a model call as a replica or the relay saw it."""
-    return span.name in _CALLS and "timing" in span.attributes
-
-
-def _told_of_call(span: Span, columns: Mapping[str, Any], versions: Sequence[int]) -> dict[str, Any]:
-    """A captured call in OpenTelemetry's terms for generative models, and what is ours beside them."""
-    usage = span.attributes.get("usage") or {}
-    told = {
-        "gen_ai.operation.name": "chat",
-        "gen_ai.request.model": columns.get("model"),
-        "gen_ai.agent.name": columns.get("agent"),
-        "gen_ai.response.finish_reasons": [columns["finish_reason"]] if columns.get("finish_reason") else None,
-        "gen_ai.usage.input_tokens": usage.get("prompt_tokens"),
-        "gen_ai.usage.output_tokens": usage.get("completion_tokens"),
-        "lightning_ray.cached_tokens": usage.get("cached_tokens"),
-        "lightning_ray.weight_versions": sorted(set(versions)) or None,
-        "lightning_ray.timing": span.attributes.get("timing"),
-        "lightning_ray.sampling": span.attributes.get("sampling"),
-        "lightning_ray.retry": span.attributes.get("retry"),
-        "lightning_ray.hung_up": span.attributes.get("hung_up"),
-    }
-    return {name: value for name, value in told.items() if value is not None}
-
-
-def _ids(rollout_id: str, attempt_id: str) -> dict[str, str]:
-    """Resource attributes that say whose spans these are: what our own OTLP route goes by."""
-    names = LightningResourceAttributes
-    return {names.ROLLOUT_ID.value: rollout_id, names.ATTEMPT_ID.value: attempt_id}
-
-
-def _context(trace_id: str, span_id: str) -> SpanContext:
-    return SpanContext(int(trace_id, 16), int(span_id, 16), is_remote=False, trace_flags=TraceFlags(1))
-
-
-def _status(code: str, description: str | None) -> Status:
-    return Status(StatusCode[code], description if code == "ERROR" else None)
-
-
-def _nanoseconds(seconds: float | None) -> int:
-    return round((seconds or 0.0) * 1e9)
 
 
 def bundles(spans: Iterable[ReadableSpan], size: int) -> Iterator[list[ReadableSpan]]:

@@ -217,6 +217,25 @@ def test_content_goes_along_if_it_is_asked_for(tmp_path: Path) -> None:
         assert ("secret" in str([span.attributes for span in spans])) is content
 
 
+def test_spans_of_any_form_are_sent(tmp_path: Path) -> None:
+    from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
+
+    from lightning_ray.trace_export import TraceExport
+    from lightning_ray.traces_command import every_span
+
+    made = Recorded(tmp_path)
+    attributes = {"deep": {"a": [1, {"b": None}]}, "odd": {1: "x"}, "none": None, "mixed": [1, "x"]}
+    inner = Span.from_attributes(
+        attributes=attributes, rollout_id="ro-1", attempt_id="at-1", span_id="mine", trace_id="t", parent_id="outer"
+    )
+    outer = inner.model_copy(update={"span_id": "outer", "parent_id": "nobody", "start_time": 5.0})
+    asyncio.run(made.store.append_spans(spans_to_batch([inner, outer])))
+    view = open_folder(made.run / "store")
+    root, *spans = every_span(TraceExport("sql"), view, list(view.query_rollouts()), {})
+    assert [span.parent.span_id for span in spans] == [spans[1].context.span_id, root.context.span_id]
+    assert encode_spans([root, *spans]).resource_spans
+
+
 def test_a_step_has_a_trace_of_its_own_that_links_to_what_it_learned_from(recorded: Recorded) -> None:
     from lightning_ray.trace_export import TraceExport
     from lightning_ray.traces_command import every_span, figures_of
