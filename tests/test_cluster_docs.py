@@ -32,7 +32,7 @@ def test_the_shell_reads_every_block(block: str) -> None:
 
 def test_our_own_commands_are_known() -> None:
     lines = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
-    own = [found[1] for line in lines if (found := re.search(r"(?:^|\s)(lightning-ray [a-z]+ .*)", line))]
+    own = [found[1] for line in lines if (found := re.match(r"(?:\w+=\S+ )?(lightning-ray [a-z]+ .*)", line))]
     assert len(own) >= 3
     for command in own:
         parser().parse_args(shlex.split(command)[1:])
