@@ -9,6 +9,7 @@ to cost the runner: when too many of its slots are stuck it drains, and returns 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from lightning_ray.running.play import Play, Stage
 from lightning_ray.running.reports import Reports, UnstorableError
 from lightning_ray.running.reports import storable as storable
 from lightning_ray.running.resources import ResourceBook
+from lightning_ray.running.rest import Rest
 from lightning_ray.running.watchdog import Watchdog, exit_now
 from lightning_ray.store.base import Store
 from lightning_ray.tracing.tracer import OtelTracer, Tracer
@@ -82,6 +84,7 @@ class Runner:
         self._tasks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
         self._draining: str | None = None
+        self._rest = Rest()
         agent.set_runner(self)
 
     @property
@@ -106,7 +109,9 @@ class Runner:
         try:
             while self._draining is None:
                 if self._free:
-                    for rollout in await self._lease():
+                    leased = await self._lease()
+                    await self._rested()
+                    for rollout in leased:
                         self._start(rollout)
                 else:
                     await self._change()
@@ -134,10 +139,17 @@ class Runner:
             limit=limit, worker_id=self.worker_id, timeout=LEASE_WAIT_SECONDS
         )
 
-    async def _change(self) -> None:
-        """Wait until an attempt has ended, or the runner is drained."""
+    async def _rested(self) -> None:
+        """Wait until there is nothing to rest for; at most some seconds."""
+        while (seconds := self._rest.seconds) and self._draining is None:
+            await self._change(seconds)
+
+    async def _change(self, seconds: float | None = None) -> None:
+        """Wait until an attempt has ended, or the runner is drained; at most so long."""
         self._changed.clear()
-        await self._changed.wait()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._changed.wait()
 
     def _start(self, rollout: AttemptedRollout) -> None:
         play = Play(self._stage, rollout)
@@ -147,6 +159,7 @@ class Runner:
 
         def ended(task: asyncio.Task[None]) -> None:
             del self._playing[play.key]
+            self._rest.note(play.began, play.failed_by_infrastructure)
             self._tasks.discard(task)
             self.ended += 1
             self._changed.set()

@@ -21,6 +21,7 @@ import lightning_ray as lr
 from lightning_ray import runner as runner_module
 from lightning_ray.capture.keys import KeyRefused, open_key
 from lightning_ray.runner import Runner
+from lightning_ray.running import rest as rest_module
 from lightning_ray.store import LocalStoreClient, SpanStore, read_spans
 from lightning_ray.store import service as service_module
 from lightning_ray.types import EnqueueRolloutRequest as Request
@@ -33,6 +34,7 @@ ENDPOINT = ProxyLLM(endpoint="http://host:1/v1", model="policy", sampling_parame
 @pytest.fixture(autouse=True)
 def quick_watch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service_module, "WATCH_SECONDS", 0.02)
+    monkeypatch.setattr(rest_module, "FIRST_SECONDS", 0.01)
 
 
 @pytest.fixture

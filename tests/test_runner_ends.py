@@ -19,6 +19,7 @@ from lightning_ray.errors import InfrastructureError
 from lightning_ray.hooks import Hook
 from lightning_ray.runner import Runner
 from lightning_ray.running import play as play_module
+from lightning_ray.running import rest as rest_module
 from lightning_ray.running import threads as threads_module
 from lightning_ray.running import watchdog as watchdog_module
 from lightning_ray.running.sizing import Sizing, crowded_node
@@ -39,6 +40,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner_module, "HEARTBEAT_SECONDS", 0.02)
     monkeypatch.setattr(runner_module, "EXPORT_SECONDS", 0.05)
     monkeypatch.setattr(runner_module, "LEASE_WAIT_SECONDS", 0.2)
+    monkeypatch.setattr(rest_module, "FIRST_SECONDS", 0.1)
 
 
 class Counting(LocalStoreClient):
@@ -354,6 +356,46 @@ async def test_a_failure_of_a_part_is_not_the_agents(store: Any) -> None:
     async with playing(store, agent):
         [rollout] = await ended(store, rollout)
     assert rollout.metadata["failure"] == {"kind": "infrastructure", "reason": "RuntimeError: a framework's words"}
+
+
+async def test_an_outage_does_not_use_up_what_chances_rollouts_have(store: Any) -> None:
+    outage = asyncio.Event()
+    tries: list[float] = []
+
+    @lr.rollout
+    async def agent(task: Any, llm: Any) -> float:
+        if not tries:
+            asyncio.get_running_loop().call_later(1.0, outage.set)
+        tries.append(time.monotonic())
+        if not outage.is_set():
+            raise InfrastructureError("the endpoint restarts")
+        return 1.0
+
+    queued = await store.enqueue_many_rollouts([Request(input=number) for number in range(8)])
+    async with playing(store, agent):
+        rollouts = await ended(store, *queued)
+    assert {rollout.status for rollout in rollouts} == {"succeeded"}
+    assert len(tries) <= 8 * 6
+
+
+def test_a_runner_rests_longer_and_longer_and_no_longer_than_needed() -> None:
+    rest, now = rest_module.Rest(), time.monotonic()
+    for _ in range(2):
+        rest.note(now, failed=True)
+        rest.note(now, failed=True)
+        assert not rest.seconds
+        rest.note(now, failed=False)
+    lengths = []
+    for _ in range(3):
+        rest.note(now, failed=True)
+    for _ in range(3):
+        lengths.append(rest.seconds)
+        rest.note(now, failed=True)  # of an attempt from before this rest
+        assert rest.seconds <= lengths[-1]
+        rest.note(time.monotonic() + 60, failed=True)
+    assert lengths[0] > 0 and lengths[1] > 1.5 * lengths[0] and lengths[2] > 1.5 * lengths[1]
+    rest.note(now, failed=False)
+    assert not rest.seconds
 
 
 async def test_the_watchdog_beats_while_the_loop_is_blocked_and_ends_the_process_in_time(

@@ -68,6 +68,8 @@ class Play:
         self.trace = AttemptTrace(*self.key)
         timeout = rollout.config.timeout_seconds
         self.deadline = None if timeout is None else time.monotonic() + timeout
+        self.began = time.monotonic()
+        self.failed_by_infrastructure = False
         self._stage = stage
         self._end: asyncio.Future[Outcome | None] = asyncio.get_running_loop().create_future()
         self.is_telling = False
@@ -91,6 +93,7 @@ class Play:
                 timer.cancel()
             if not work.done():
                 work.cancel()
+        self.failed_by_infrastructure = outcome is not None and bool((outcome.metadata or {}).get("infrastructure"))
         if not work.done():
             told, _ = await asyncio.gather(self._tell(outcome), self._over(work), return_exceptions=True)
             outcome = None
