@@ -26,10 +26,17 @@ BUFFERED = "option http-buffer-request"
 """Without it, only one whose headers and body came in one piece could be."""
 
 _WRAPPER = """#!/bin/sh
-# HAProxy with its own metrics and statistics on loopback. When the actor that keeps it dies, it answers what it has
-# begun and ends: it would else go on beside its successor, with a list of replicas that nobody keeps any more.
+# HAProxy with its own metrics and statistics on loopback. Before Serve has told it of any application, it says that it
+# cannot answer yet, where it would tell clients that there is no such path. When the actor that keeps it dies, it
+# answers what it has begun and ends: it would else go on beside its successor, with a list of replicas that nobody
+# keeps any more.
 for argument in "$@"; do
-    case "$argument" in *.cfg) sed -i 's/bind \\*:/bind 127.0.0.1:/; s/bind :/bind 127.0.0.1:/' "$argument" ;; esac
+    case "$argument" in
+    *.cfg)
+        sed -i 's/bind \\*:/bind 127.0.0.1:/; s/bind :/bind 127.0.0.1:/' "$argument"
+        grep -q use_backend "$argument" || sed -i 's/return status 404/return status 503/' "$argument"
+        ;;
+    esac
 done
 command -v setpriv > /dev/null && exec setpriv --pdeathsig USR1 {binary} "$@"
 exec {binary} "$@"
