@@ -119,7 +119,7 @@ class Chaos:
         self.run_folder = RunFolder(folder / "chaos")
         self.notes = notes_of(folder, "notes")
         self.recoveries: dict[str, list[float]] = {}
-        self.others: dict[str, Any] = {"left_behind": []}
+        self.others: dict[str, Any] = {"left_behind": [], "not_recovered": []}
 
     async def run(self, repeats: int, kills: tuple[str, ...] = tuple(KILLS), alone: bool = True) -> dict[str, Any]:
         """Begin, ``alone`` or on the cluster, kill, end, check; the figures, and the run's ``summary``."""
@@ -189,7 +189,11 @@ class Chaos:
         await scene.look_at_finished()
         self.tick(f"kill -9: {name}")
         struck = await KILLS[name](scene)
-        self._enter(name, await scene.until(struck.back, f"{name} is back") - struck.at)
+        try:
+            self._enter(name, await scene.until(struck.back, f"{name} is back") - struck.at)
+        except TimeoutError as error:
+            self._enter(name, time.time() - struck.at)
+            self.others["not_recovered"].append(str(error))
         await scene.until_step(len(scene.steps()) + 1)
 
     async def _left_on(self, scene: Scene) -> None:
