@@ -1,4 +1,5 @@
-"""Three policies in one run, one trained whole, one by LoRA, one frozen: each learns from its own calls and reward.
+"""Three policies in one run, one trained whole, one by LoRA, one frozen: each learns from its own calls and reward, and
+goes on when a rank of one is killed.
 
 Real Ray, Serve, vLLM and FSDP2: three engines and two trainer ranks.
 """
@@ -8,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +85,15 @@ def settings(steps: int) -> GRPO:
 class Learned:
     """A run, and what it leaves: digests of the weights that are served before its first step and after its last."""
 
-    def __init__(self, path: Path, resume: bool = False) -> None:
+    def __init__(self, path: Path, resume: bool = False, killed: str | None = None) -> None:
         folder = RunFolder(path)
         folder.create(resume)
         runners = RunnerSettings(minimum=1, maximum=1, concurrency=32)
         reporter = Reporter(Console(quiet=True))
         self.run = Run(folder, reporter, Cluster(), WriteAndCheck(), {"train": TASKS}, runners, resume)
         self._start, self.run.start = self.run.start, self._start_and_look  # type: ignore[method-assign]
+        self._killed = killed
+        """The policy whose rank is killed when all is up."""
         self.before: dict[str, Any] = {}
         self.after: dict[str, Any] = {}
 
@@ -109,6 +114,9 @@ class Learned:
     async def _start_and_look(self, given: Any) -> None:
         await self._start(given)
         self.before = await self._digests()
+        if self._killed is not None:
+            [pid] = await self.run.policies[self._killed].trainers.call("pid", timeout=30.0)
+            os.kill(pid, signal.SIGKILL)
 
     async def _digests(self) -> dict[str, Any]:
         answers = {name: await self.run.cluster.replicas_of(name)("digest") for name in ("writer", "judge")}
@@ -123,11 +131,12 @@ async def test_each_policy_learns_from_its_own_and_what_is_frozen_stays_as_it_is
     check_calls(learned)
     check_folder(learned.run)
 
-    resumed = await Learned(tmp_path / "three", resume=True).to_step(6)
+    resumed = await Learned(tmp_path / "three", resume=True, killed="writer").to_step(6)
     assert resumed.before == learned.after, "a policy did not go on from its own checkpoint"
     assert resumed.before["judge"] == resumed.after["judge"]
+    assert resumed.run.state.trainer_restarts == 1
     last = resumed.lines[-1]
-    assert last["step"] == 5 and last["versions"] == {"writer": 3, "checker": 2}
+    assert last["step"] == 5 and last["versions"] == {"writer": 4, "checker": 3}, "restarted ranks publish anew"
     for name, count in last["trained"].items():
         assert resumed.run.state.policies[name].version == last["versions"][name] + (count > 0)
 
