@@ -61,6 +61,11 @@ class RunCopy:
             sent.write(latest)
             self._drop_old_checkpoints()
 
+    @property
+    def last_sent(self) -> float:
+        """When a file was sent last, by ``time.monotonic``."""
+        return self._sent.last
+
     def missing(self) -> list[str]:
         """The files whose present content is not there."""
         files = [*self._figures(), *self._models()]

@@ -22,10 +22,8 @@ APART_SECONDS = 10.0
 QUIET_SECONDS = 60.0
 """After which there is a round though nothing was told."""
 RETRY_SECONDS = (5.0, 15.0, 30.0, 60.0)
-SETTLE_SECONDS = 600.0
-"""For a checkpoint to be at the URL, before the next one is made."""
-FINISH_SECONDS = 600.0
-"""For the rest, at the end of a run."""
+SILENT_SECONDS = 600.0
+"""That no file comes to its end, before a checkpoint, or the end of the run, waits no longer for them."""
 NAMED = 5
 """Files that an error names, of those that are missing."""
 
@@ -69,16 +67,16 @@ class Mirror:
             self._changed.notify_all()
 
     async def settled(self, what: str) -> None:
-        """Wait until what was asked for is at the URL; no longer than its deadline, nor while the storage fails. A note
+        """Wait until what was asked for is at the URL, as long as files are sent and the storage does not fail. A note
         tells if ``what`` is not there. Raises InfrastructureError if another process took the run over.
         """
         self._claim.verify()
-        if not await in_thread(self._wait, SETTLE_SECONDS, False):
-            because = self._failure or f"it takes longer than {SETTLE_SECONDS:.0f} s"
+        if not await in_thread(self._wait, SILENT_SECONDS, False):
+            because = self._failure or f"nothing was sent for {SILENT_SECONDS:.0f} s"
             self._note(f"{what} is not at {self.url} yet: {because}; the run goes on")
 
-    async def finish(self, seconds: float = FINISH_SECONDS) -> None:
-        """Send the rest. What is not there by then is told."""
+    async def finish(self, seconds: float = SILENT_SECONDS) -> None:
+        """Send the rest, as long as files are sent. What is not there then is told."""
         self._ending = True
         self.ask()
         if await in_thread(self._wait, seconds, True):
@@ -86,7 +84,7 @@ class Mirror:
             return
         missing = self.copy.missing()
         named = ", ".join(missing[:NAMED]) + (f" and {len(missing) - NAMED} more" if len(missing) > NAMED else "")
-        because = self._failure or f"it takes longer than {seconds:.0f} s"
+        because = self._failure or f"nothing was sent for {seconds:.0f} s"
         self.lacking = f"{self.url} lacks {named}: {because}. All of it is in {self._path}"
         self._note(self.lacking)
 
@@ -98,10 +96,14 @@ class Mirror:
 
     def _wait(self, seconds: float, through_failures: bool) -> bool:
         with self._changed:
-            wanted = self._asked
-            self._changed.wait_for(
-                lambda: self._made >= wanted or (self._failure is not None and not through_failures), seconds
-            )
+            wanted, began = self._asked, time.monotonic()
+
+            def over() -> bool:
+                return self._made >= wanted or (self._failure is not None and not through_failures)
+
+            while (left := max(began, self.copy.last_sent) + seconds - time.monotonic()) > 0:
+                if self._changed.wait_for(over, left):
+                    break
             return self._made >= wanted
 
     def _work(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ class Sent:
     def __init__(self, root: Path, remote: RemoteFolder) -> None:
         self.root = root
         self.remote = remote
+        self.last = time.monotonic()
+        """When something was sent."""
         self._known: dict[str, Signature] = {}
         self._found: set[str] = set()
         """What was there before anything was sent."""
@@ -48,14 +51,14 @@ class Sent:
         now = signature(file)
         if self._known.get(self._name(file)) != now:
             self.remote.put(file, self._name(file))
-            self._known[self._name(file)] = now
+            self._note(self._name(file), now)
 
     def write(self, content: Content) -> None:
         """Send what a file held, unless it was."""
         name = self._name(content.file)
         if self._known.get(name) != content.signature:
             self.remote.write(name, content.data)
-            self._known[name] = content.signature
+            self._note(name, content.signature)
 
     def changed(self, file: Path) -> Content | None:
         """What a file holds that may change at any time, as long as it is now; None if that was sent."""
@@ -73,6 +76,10 @@ class Sent:
         self._found.difference_update(there)
         for name in there:
             self._known.pop(name, None)
+
+    def _note(self, name: str, sent: Signature) -> None:
+        self._known[name] = sent
+        self.last = time.monotonic()
 
     def _name(self, file: Path) -> str:
         return file.relative_to(self.root).as_posix()

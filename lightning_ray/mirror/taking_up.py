@@ -26,7 +26,7 @@ def take_up(folder: RunFolder, resume: bool, note: Callable[[str], None]) -> Cla
     try:
         if url is not None:
             claim.hold()
-            _bring_or_set_aside(folder.path, RemoteFolder(url), resume, claim.before)
+            _bring_or_set_aside(folder.path, RemoteFolder(url), resume, claim.before, note)
         folder.create(resume)
         if url is None:
             claim.hold()
@@ -38,7 +38,9 @@ def take_up(folder: RunFolder, resume: bool, note: Callable[[str], None]) -> Cla
     return claim
 
 
-def _bring_or_set_aside(path: Path, remote: RemoteFolder, resume: bool, before: Owner | None) -> None:
+def _bring_or_set_aside(
+    path: Path, remote: RemoteFolder, resume: bool, before: Owner | None, note: Callable[[str], None]
+) -> None:
     """A place where the owner before worked is as new as the URL, or newer, and stays as it is."""
     if not resume:
         _set_aside(remote)
@@ -49,6 +51,7 @@ def _bring_or_set_aside(path: Path, remote: RemoteFolder, resume: bool, before: 
     latest = remote.read(LATEST)
     if latest is None:
         raise ConfigError(f"--resume: {remote} has no finished checkpoint; start the run without --resume")
+    note(f"{remote}: {latest.decode()} is brought here, with the store")
     pull(path, of_checkpoint(latest.decode()))
 
 
