@@ -193,7 +193,7 @@ async def test_a_replica_that_dies_in_the_middle_does_not_stop_the_swap(run: Run
 async def told_death(run: Run, role: str, pid: int) -> dict[str, Any]:
     """What a person was told of it, once."""
     async with asyncio.timeout(30):
-        while not (told := [e for e in read_events(run.folder.path) if e["role"] == role and e["pid"] == pid]):
+        while not (told := [e for e in read_events(run.folder.path) if e.get("role") == role and e["pid"] == pid]):
             await asyncio.sleep(0.5)
     [death] = told
     return death
