@@ -19,6 +19,7 @@ import pytest
 
 from lightning_ray.cli import main
 from lightning_ray.errors import ConfigError, InfrastructureError
+from lightning_ray.evaluation.subject import subject_of
 from lightning_ray.mirror import claim as claim_module
 from lightning_ray.mirror import is_url, place_of, run_place, url_of
 from lightning_ray.mirror import mirror as mirror_module
@@ -61,7 +62,8 @@ def checkpoint(folder: RunFolder, step: int, rollouts: list[str]) -> None:
     (writing / "trainer_state").mkdir(parents=True)
     (writing / "model.safetensors").write_bytes(bytes([step]) * 5000)
     (writing / "trainer_state" / "rank_0.pt").write_text(f"optimizer {step}")
-    folder.commit_checkpoint(writing, step, {"step": step, "rollouts": rollouts})
+    (writing / "config.json").write_text("{}")
+    folder.commit_checkpoint(writing, step, {"step": step, "rollouts": rollouts, "policies": {}})
 
 
 class Training:
@@ -274,6 +276,20 @@ def test_reading_commands_take_a_url(runs: str, machines: Machines, capsys: pyte
     assert not list(run_place(runs, "sql").rglob("*.safetensors")), "weights are not needed to read"
     assert main(["spans", "SELECT 1", f"{runs}/nothing"]) == 2
     assert f"{runs}/nothing: there is nothing" in capsys.readouterr().err
+
+
+def test_what_is_evaluated_may_be_at_a_url(runs: str, machines: Machines) -> None:
+    training = Training(runs)
+    for step in range(2):
+        training.step(step)
+    training.end()
+    RunCopy(training.folder.path).round()
+    machines("reader")
+    for text, found in ((f"{runs}/sql", "step-000002"), (f"{runs}/sql@1", "step-000001")):
+        [model] = subject_of(text, None).models.values()  # type: ignore[arg-type]
+        assert isinstance(model, Path) and model.name == found and (model / "model.safetensors").is_file()
+    with pytest.raises(ConfigError, match="there is no such checkpoint; there are latest, best, initial, 1, 2"):
+        subject_of(f"{runs}/sql@7", None)  # type: ignore[arg-type]
 
 
 def test_a_model_is_brought_to_other_nodes_and_a_changed_one_again(runs: str, machines: Machines) -> None:

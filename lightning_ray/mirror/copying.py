@@ -3,7 +3,7 @@
     figures are read  ->  store  ->  checkpoint, whole  ->  figures are sent  ->  ``latest``  ->  old checkpoints go
 
 At whatever moment it breaks off, what is at the URL can be resumed: ``latest`` names a checkpoint that is whole, and
-the store has every rollout that the checkpoint and the figures tell of.
+the store has every rollout that the checkpoint and the figures tell of. Older checkpoints come last.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class RunCopy:
         if latest is not None:
             sent.write(latest)
             self._drop_old_checkpoints()
+        self._older_checkpoints()
 
     @property
     def last_sent(self) -> float:
@@ -69,9 +70,8 @@ class RunCopy:
     def missing(self) -> list[str]:
         """The files whose present content is not there."""
         files = [*self._figures(), *self._models()]
-        latest = self._folder.latest_checkpoint()
-        if latest is not None:
-            files += [*files_below(latest), self._folder.checkpoints / "latest"]
+        if self._folder.checkpoints.is_dir():
+            files += [file for file in files_below(self._folder.checkpoints) if ".writing" not in str(file)]
         if self._folder.store.is_dir():
             files += [file for file in files_below(self._folder.store) if file.name != "lock"]
         return [file.relative_to(self._folder.path).as_posix() for file in files if not self._sent.has(file)]
@@ -84,10 +84,10 @@ class RunCopy:
             name = manifest_path(folder).relative_to(self._folder.path).as_posix()
             if name in found and (manifest := self.remote.read(name)) is not None:
                 files += sealed_by(folder, manifest)
-        if (latest := self._folder.latest_checkpoint()) is not None and self.remote.read(
-            LATEST
-        ) == latest.name.encode():
-            files += files_below(latest)
+        latest = (self.remote.read(LATEST) or b"").decode()
+        for checkpoint in self._folder.checkpoints.glob("step-*"):
+            if checkpoint.name <= latest:  # of a later one, an older content may have been sent in part
+                files += files_below(checkpoint)
         self._sent.recognise(found, files)
         self._known = True
 
@@ -113,6 +113,13 @@ class RunCopy:
     def _models(self) -> Iterator[Path]:
         for name in ("model", "models"):
             yield from files_below(self._folder.path / name)
+
+    def _older_checkpoints(self) -> None:
+        """Those that are kept, and were not sent while they were the latest."""
+        for checkpoint in sorted(self._folder.checkpoints.glob("step-*"))[:-1]:
+            with suppress(FileNotFoundError):  # it is kept no more
+                for file in files_below(checkpoint):
+                    self._sent.put(file)
 
     def _drop_old_checkpoints(self) -> None:
         there = self.remote.files("checkpoints")
