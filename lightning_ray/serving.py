@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -28,6 +29,7 @@ CPU_ENGINE = {
 }
 """One thread an engine; its worker in its own process (half the memory of the default); no compiler at work for 15 s on
 the first logprobs, for one small function."""
+ASK_AGAIN_SECONDS = 0.5
 EVERYWHERE = ("0.0.0.0", "::")
 """Hosts of a proxy that listens on every interface of its node."""
 
@@ -95,11 +97,27 @@ def _said_of(name: str) -> str:
 
 
 async def answers_of(handle: Any, method: str, arguments: Sequence[Any], seconds: float, what: str) -> list[Any]:
-    """Call a method on every live replica of a deployment. Raises InfrastructureError if one is not in time."""
-    response = handle.broadcast(method, *arguments)
+    """Call a method on every live replica of a deployment. Raises InfrastructureError if one is not in time.
+
+    While there is none to ask, as Serve's controller or the replicas are being started anew, it is asked again; nobody in
+    time gives no answers.
+    """
+    from ray.serve.exceptions import DeploymentUnavailableError
+
+    def ask(left: float) -> list[Any]:
+        try:
+            return list(handle.broadcast(method, *arguments).results(timeout_s=left))
+        except DeploymentUnavailableError:
+            return []
+
+    deadline = time.monotonic() + seconds
     try:
         with waiting(f"{what} at {method!r}"):
-            return await in_thread(lambda: response.results(timeout_s=seconds))
+            while (left := deadline - time.monotonic()) > 0:
+                if answers := await in_thread(ask, left):
+                    return answers
+                await asyncio.sleep(ASK_AGAIN_SECONDS)
+            return []
     except TimeoutError:
         raise InfrastructureError(
             f"{what} did not all answer {method!r} within {seconds:.0f} s: look at their load (/status) and logs, or "
