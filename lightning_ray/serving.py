@@ -99,8 +99,8 @@ def _said_of(name: str) -> str:
 async def answers_of(handle: Any, method: str, arguments: Sequence[Any], seconds: float, what: str) -> list[Any]:
     """Call a method on every live replica of a deployment. Raises InfrastructureError if one is not in time.
 
-    While there is none to ask, as Serve's controller or the replicas are being started anew, it is asked again; nobody in
-    time gives no answers.
+    While there is none to ask, as Serve's controller or the replicas are being started anew, it is asked again; with
+    none in time there are no answers.
     """
     from ray.serve.exceptions import DeploymentUnavailableError
 
