@@ -83,8 +83,9 @@ class PolicyTrainer:
     def save(self, folder: str) -> None:
         self.updater.save(folder)
 
-    def hand_over(self, folder: str, final: str) -> None:
-        hand_over(Path(folder), Path(final))
+    def hand_over(self, folder: str, final: str, ranks: Sequence[int]) -> None:
+        if self.rank in ranks:
+            hand_over(Path(folder), Path(final))
 
     def load(self, folder: str) -> None:
         self.updater.load(str(present(Path(folder))))
@@ -213,9 +214,8 @@ class PolicyTrainerGroup:
         here = ray.get_runtime_context().get_node_id()
         first = {process.node_id: rank for rank, process in reversed(list(enumerate(self._processes)))}
         elsewhere = sorted(rank for node, rank in first.items() if node != here)
-        calls = [self.ranks[rank].hand_over.remote(folder, final) for rank in elsewhere]
-        if calls:
-            await self.answers(calls, "hand_over", timeout)
+        if elsewhere:
+            await self.call("hand_over", folder, final, elsewhere, timeout=timeout)
 
     async def load(self, folder: str, timeout: float = 600.0) -> None:
         """Go on from a checkpoint; see ``PolicyUpdater.load``."""
