@@ -50,7 +50,7 @@ FULL = (
     *(Point(10_000, nodes=nodes, line=False) for nodes in (1, 2, 4)),
 )
 """Nodes are simulated on one machine; real ones have no line to the store but Ray, so these have none either."""
-WINDOWS = {True: Window(settle=4.0, seconds=16.0), False: Window(settle=5.0, seconds=20.0)}
+WINDOWS = {True: Window(settle=4.0, seconds=15.0), False: Window(settle=3.0, seconds=12.0)}
 HERE = Path(__file__).parent
 COLUMNS = {
     "rollouts/s": "rollouts_per_s",

@@ -39,6 +39,7 @@ SLOTS_OVER = 2.0
 """Rollouts between queueing and reading, over those that can be played at once: the queue is never empty."""
 ROLLOUT_SECONDS = 3600.0
 PATIENCE_SECONDS = 300.0
+STOP_SECONDS = 20.0
 FULL_SHARE = 0.98
 """Of the slots taken, from when the state is steady."""
 
@@ -110,6 +111,10 @@ class Driver:
         self._flow.release(group.group_id for group in groups)
         self.read += GROUP * len(groups)
 
+    async def stop(self) -> None:
+        """As a run ends: what is on its way is cancelled."""
+        await self._flow.stop()
+
 
 class Stage(NamedTuple):
     """What is measured: the processes, and the store as the driver sees it."""
@@ -147,13 +152,10 @@ async def stage(folder: Path, point: Point) -> AsyncIterator[Stage]:
                 await asyncio.sleep(0.05)
         yield Stage(store, shards, pool)
     finally:
-        for runner in pool.status():
-            if runner["actor"] is not None:
-                ray.kill(runner["actor"])
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(pool.stop(), STOP_SECONDS)
         for shard in shards:
             ray.kill(shard)
-        with contextlib.suppress(Exception):
-            await asyncio.wait_for(pool.stop(), 10.0)
 
 
 async def measure(folder: Path, point: Point, window: Window, told: Callable[[str], None]) -> Figures:
@@ -180,6 +182,8 @@ async def measure(folder: Path, point: Point, window: Window, told: Callable[[st
             }
         finally:
             watching.cancel()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(driver.stop(), STOP_SECONDS)
 
 
 class Watch:
