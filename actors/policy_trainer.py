@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayTaskError, WorkerCrashedError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.names import shown_name
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from lightning_ray.policy.publish import WeightPublisher
     from lightning_ray.policy.update import PolicyUpdater
 
+ENDS = (RayActorError, OutOfMemoryError, NodeDiedError, WorkerCrashedError)
+"""What a call of a rank raises whose process is no more; Ray's memory monitor has an error of its own."""
 SETTLE_SECONDS = 5.0
 """How long to wait for other ranks after the first has failed: a death explains what its peers report."""
 
@@ -256,7 +258,7 @@ class PolicyTrainerGroup:
         """What to raise for the failures of ranks: a death first, then what a rank says of itself."""
         errors = {rank: error for rank, error in sorted(failures.items()) if error is not None}
         for rank, error in errors.items():
-            if isinstance(error, RayActorError):
+            if isinstance(error, ENDS):
                 return TrainersLostError(str(await self._death(rank, error, method)))
         for error in errors.values():
             cause = error.cause if isinstance(error, RayTaskError) else error
@@ -267,7 +269,7 @@ class PolicyTrainerGroup:
         failure.__cause__ = error
         return failure
 
-    async def _death(self, rank: int, error: RayActorError, method: str) -> Death:
+    async def _death(self, rank: int, error: BaseException, method: str) -> Death:
         death = await asyncio.to_thread(death_of, self._processes[rank], error, None, method)
         if self._tell is not None:
             self._tell(death)

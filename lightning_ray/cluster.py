@@ -275,7 +275,7 @@ class Cluster:
         called = f"{self.run if name == ONLY else f'{self.run}/{name}'}/trainer"
         if self._groups[name] > 1:  # the names of ranks that were killed may not be free yet
             called += f"-life-{self._groups[name]}"
-        trainers = self._trainers[name] = await PolicyTrainerGroup.start(
+        starting = PolicyTrainerGroup.start(
             settings,
             ranks=ranks,
             called=called,
@@ -283,8 +283,19 @@ class Cluster:
             wait_seconds=self.places.placement.wait_seconds,
             ask=self.places.ranks(ranks, settings.gpu_share if settings.device == "cuda" else 0),
         )
+        trainers = self._trainers[name] = await self._unless_failed(starting)
         await trainers.call("load_transfer", transfer, timeout=120.0)
         return trainers
+
+    async def _unless_failed(self, work: Any) -> Any:
+        """Await, unless the run cannot go on."""
+        assert self.failure is not None
+        task = asyncio.ensure_future(work)
+        await asyncio.wait({task, self.failure}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            task.cancel()
+            self.failure.result()
+        return task.result()
 
     async def connect(self, settings: EngineSettings, name: str = ONLY) -> PolicySwapper:
         """Tie a policy's trainer ranks to its replicas."""

@@ -19,6 +19,7 @@ from lightning_ray.deaths.exits import Exits, in_words
 from lightning_ray.deaths.told import Told
 from lightning_ray.deaths.watch import role_of
 from lightning_ray.doctor_events import show_events
+from lightning_ray.errors import TrainersLostError
 from lightning_ray.events import Events, read_events
 
 WORDLESS = (
@@ -52,6 +53,24 @@ RUNNER = Process("runner", "runner-0-a1b2c3", 7, "node-id", "10.0.0.1", None, me
 )
 def test_what_ray_says_is_understood(text: str, told: Told) -> None:
     assert told_of(RuntimeError(text)) == told == told_of(text)
+
+
+async def test_a_rank_that_rays_memory_monitor_kills_is_a_lost_rank() -> None:
+    from ray.exceptions import OutOfMemoryError
+
+    from actors.policy_trainer import PolicyTrainerGroup
+
+    async def killed() -> None:
+        raise OutOfMemoryError(
+            "1 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 10.0.0.1, ID: ab) "
+            "was 15.3GB used / 16.0GB limit (0.95)\nOOM kill reason: ..."
+        )
+
+    told: list[Death] = []
+    group = PolicyTrainerGroup([None], told.append)
+    with pytest.raises(TrainersLostError, match=r"trainer rank 0 died during 'update': killed by Ray's memory monitor"):
+        await group.answers([killed()], "update", 5.0)
+    assert "15.3GB used / 16.0GB limit" in told[0].cause and "micro_batch_tokens" in told[0].next
 
 
 def test_what_a_part_raised_is_its_cause() -> None:

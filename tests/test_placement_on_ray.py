@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("ray")
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lightning_ray.config import EngineSettings
 from lightning_ray.errors import ConfigError, InfrastructureError
@@ -57,6 +58,22 @@ async def test_ranks_go_where_their_label_is_and_are_told_if_there_is_no_room(cl
         await placed(places.ranks(1, 0), 1)
     assert "CPU 0 free of 2, lightning-ray/role gpu" in str(late.value)
     let_go(group)
+
+
+async def test_runners_are_spread_over_the_nodes_of_their_label(cluster: Any) -> None:
+    @ray.remote
+    class Runner:
+        def node(self) -> str:
+            return str(ray.get_runtime_context().get_node_id())
+
+    places = Places(Placement.model_validate({"runner": {"label": "gpu", "cpus": 0.25}}))
+    runners = [Runner.options(**places.runner()).remote() for _ in range(3)]  # type: ignore[attr-defined]
+    there = NodeAffinitySchedulingStrategy(await runners[0].node.remote(), soft=True)
+    moved = Runner.options(**{**places.runner(), "scheduling_strategy": there}).remote()  # type: ignore[attr-defined]
+    labelled = {node["NodeID"] for node in ray.nodes() if node["Labels"].get(ROLE_LABEL) == "gpu"}
+    assert {await runner.node.remote() for runner in (*runners, moved)} == labelled
+    for runner in (*runners, moved):
+        ray.kill(runner)
 
 
 async def test_a_small_run_is_placed_or_refused_at_once(cluster: Any) -> None:

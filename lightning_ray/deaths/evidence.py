@@ -84,12 +84,13 @@ def log_of(pid: int) -> str | None:
     return str(logs[-1]) if logs else None
 
 
-def log_end(log: str) -> str:
-    """The last lines of a file, in one; empty if there is none."""
+def log_end(log: str, only: re.Pattern[str] | None = None) -> str:
+    """The last lines of a file, ``only`` those, in one; empty if there is none."""
     try:
         with Path(log).open("rb") as file:
             file.seek(max(0, Path(log).stat().st_size - LOG_BYTES))
-            return last_words(file.read().decode(errors="replace"))
+            lines = file.read().decode(errors="replace").splitlines()
+            return last_words("\n".join(line for line in lines if only is None or only.match(line)))
     except OSError:
         return ""
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ LOOK_SECONDS = 20.0
 """For one look at Ray's tables."""
 SERVE = "serve"
 """Ray's namespace of Serve's actors."""
+_ALARM = re.compile(r"^\[[^]]* [EF] \d+ \d+\]")
+"""Lines of Ray's own processes that tell of trouble."""
 VITAL = {"gcs_server": "GCS server", "raylet": "raylet"}
 """Processes without which a Ray is dead."""
 
@@ -186,7 +189,7 @@ def ray_died() -> Death | None:
         for started in node.all_processes.get(kind, []) if node is not None else []:
             if (code := started.process.poll()) is not None:
                 logs = Path(node.get_logs_dir_path())
-                ends = (log_end(str(logs / f"{kind}.{end}")) for end in ("err", "out"))
+                ends = (log_end(str(logs / f"{kind}.{end}"), _ALARM) for end in ("err", "out"))
                 from lightning_ray.deaths.exits import signal_name
 
                 how = f"killed by {signal_name(-code)}" if code < 0 else f"it exited with code {code}"

@@ -45,7 +45,7 @@ class View:
     nodes: Sequence[Node]
     types: Sequence[NodeType] = ()
     unknown: bool = False
-    """Whether there may be an autoscaler that did not tell what it could add."""
+    """Whether there may be an autoscaler that did not tell, or not all of, what it could add."""
 
     def labels(self) -> list[Mapping[str, str]]:
         """Of all nodes that there are or may be."""
@@ -64,7 +64,7 @@ class View:
 def look(joined: bool) -> View:
     """The cluster as it is now. A Ray of our own has no autoscaler. Blocks for seconds on one that is joined."""
     types = node_types() if joined else []
-    return View(nodes_now(), types or [], types is None)
+    return View(nodes_now(), types or [], types is None or any(not kind.resources for kind in types))
 
 
 def nodes_now() -> list[Node]:

@@ -65,7 +65,7 @@ class StoreClient(Store):
         return [self._handle]
 
     async def _call(self, name: str, *args: Any, timeout: float | None = None) -> Any:
-        from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+        from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 
         if timeout and name == "dequeue_many_rollouts" and (claims := await self._call(name, *args, timeout=0.0)):
             return claims  # to wait takes a message of its own through Ray
@@ -80,7 +80,7 @@ class StoreClient(Store):
                 answer = await asyncio.wait_for(self._post().send(Call(message, buffers, timeout), apart), left)
             except RayTaskError as error:
                 raise (error.cause if isinstance(error.cause, LightningRayError) else error) from None
-            except (RayActorError, ObjectLostError) as error:
+            except (RayActorError, OutOfMemoryError, ObjectLostError) as error:
                 cause = str(error).strip() or type(error).__name__
                 if isinstance(error, RayActorError) and error.actor_init_failed:
                     break
