@@ -77,7 +77,7 @@ class Runner:
             agent=agent,
             calls=self._calls,
             resources=ResourceBook(store, secret),
-            reports=Reports(store),
+            reports=Reports(store, concurrency),
             hooks=HookRunner(hooks),
         )
         self._playing: dict[tuple[str, str], Play] = {}

@@ -17,7 +17,7 @@ from lightning_ray.store.base import Finish, Store
 from lightning_ray.store.schema import spans_to_batch
 from lightning_ray.tracing.attempt import Row
 
-BUNDLE_SECONDS = 0.002
+BUNDLE_SECONDS, MOST_BUNDLE_SECONDS = 0.002, 0.02
 BUNDLE_ENDS = 256
 
 
@@ -32,10 +32,11 @@ class _Ending(NamedTuple):
 
 
 class Reports:
-    """Talks to one store; for one event loop."""
+    """Talks to one store; for one event loop. With over 256 ``attempts`` at once an end waits longer for others."""
 
-    def __init__(self, store: Store):
+    def __init__(self, store: Store, attempts: int = 1):
         self._store = store
+        self._bundle_seconds = min(MOST_BUNDLE_SECONDS, BUNDLE_SECONDS * max(1.0, attempts / BUNDLE_ENDS))
         self._endings: list[_Ending] = []
         self._sending: asyncio.Task[None] | None = None
 
@@ -58,7 +59,7 @@ class Reports:
     async def _send_all(self) -> None:
         try:
             while self._endings:
-                await asyncio.sleep(BUNDLE_SECONDS)
+                await asyncio.sleep(self._bundle_seconds)
                 endings, self._endings = self._endings[:BUNDLE_ENDS], self._endings[BUNDLE_ENDS:]
                 await self._send(endings)
         finally:
