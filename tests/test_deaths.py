@@ -17,7 +17,7 @@ from lightning_ray.deaths import Death, Process, death_of, told_of
 from lightning_ray.deaths.evidence import Evidence, gather, log_end
 from lightning_ray.deaths.exits import Exits, in_words
 from lightning_ray.deaths.told import Told
-from lightning_ray.deaths.watch import role_of
+from lightning_ray.deaths.watch import role_of, untold
 from lightning_ray.doctor_events import show_events
 from lightning_ray.errors import TrainersLostError
 from lightning_ray.events import Events, read_events
@@ -143,6 +143,15 @@ def test_serves_actors_are_known_by_their_names() -> None:
     assert role_of("SERVE_CONTROLLER_ACTOR", mine) == ("Serve's controller", "")
     assert role_of("SERVE_PROXY_ACTOR-ab", mine) == ("Serve's proxy", "")
     assert role_of("stranger", mine) == (None, "")
+
+
+def test_what_was_meant_is_not_told_but_for_a_replica_that_serve_takes_away() -> None:
+    killed, exited = Told("killed", "killed by ray.kill"), Told("exit", "it exited with code 1")
+    assert untold("relay", "DEAD", killed) is None
+    assert "health check" in (untold("policy replica", "DEAD", killed) or exited).words
+    assert untold("span store", "ALIVE", killed) == killed, "Ray started it again: that was not meant"
+    assert untold("policy replica", "DEAD", exited) == exited
+    assert (untold("span store", "ALIVE", Told("lost", "")) or exited).kind == "wordless"
 
 
 def test_events_are_shown_and_kept(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ async def test_parts_that_ray_starts_again_and_nodes_are_told_once(
     places = [await part.where.remote() for part in (store, away, ended)]
     watch.know(store, "span store", "")
     watch.know(away, "policy replica", "ab12")
-    watch.know(ended, "policy replica", "cd34")
+    watch.know(ended, "relay", "")
     watch.start()
     await until(lambda: all(known.process.pid for known in watch._known.values()))
     try:
@@ -86,7 +86,8 @@ async def test_parts_that_ray_starts_again_and_nodes_are_told_once(
     )
     assert "Ray starts it again" in first.next
     by_role = {death.process.role: death for death in others}
-    assert "heartbeats" in by_role["node"].cause and by_role["policy replica"].process.name == "ab12"
+    assert "heartbeats" in by_role["node"].cause and by_role["node"].lost == "what ran on it: policy replica ab12"
+    assert by_role["policy replica"].process.name == "ab12"
     assert "its node died" in by_role["policy replica"].cause
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import lightning_ray as lr
 from lightning_ray.config import EngineSettings, build
@@ -17,6 +19,7 @@ from lightning_ray.placement.room import check
 from lightning_ray.placement.settings import ROLE_LABEL, Placement, matches
 from lightning_ray.placement.view import Node, NodeType, View, types_of
 
+ROOT = Path(__file__).resolve().parent.parent
 HEAD, RUNNER, GPU = ({ROLE_LABEL: value} for value in ("head", "runner", "gpu"))
 
 
@@ -171,6 +174,18 @@ def test_what_the_autoscaler_could_add_is_read_from_its_file() -> None:
         NodeType("runners", {"CPU": 16.0}, RUNNER, 8),
         NodeType("gpus", {"CPU": 48.0, "GPU": 4.0}, {}, 12),
     ]
+
+
+def test_the_groups_of_the_manifests_for_kuberay_are_where_the_roles_go() -> None:
+    kuberay = pytest.importorskip("ray.autoscaler._private.kuberay.autoscaling_config")
+    spec = yaml.safe_load((ROOT / "deployments/kuberay/interactive/raycluster.yaml").read_text())["spec"]
+    metadata = {"name": "train", "namespace": "lightning-ray"}
+    config = kuberay._derive_autoscaling_config_from_ray_cr({"metadata": metadata, "spec": spec})
+    types = types_of(config)
+    assert all(kind.resources["CPU"] >= 1 for kind in types)
+    places = Places(None, [kind.labels for kind in types])
+    wanted = {role: places.selector(role)[ROLE_LABEL] for role in ("runner", "policy", "trainer")}
+    assert wanted == {"runner": "runner", "policy": "policy", "trainer": "trainer"}
 
 
 def test_a_ray_of_ones_own_counts_as_many_cpus_as_the_run_takes() -> None:

@@ -15,7 +15,7 @@ import contextlib
 import logging
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ SERVE = "serve"
 """Ray's namespace of Serve's actors."""
 _ALARM = re.compile(r"^\[[^]]* [EF] \d+ \d+\]")
 """Lines of Ray's own processes that tell of trouble."""
+REPLACED = Told("exit", "ended by Serve: its health check failed, or it was one too many")
+"""A replica that Serve took away, whose log may tell why."""
 VITAL = {"gcs_server": "GCS server", "raylet": "raylet"}
 """Processes without which a Ray is dead."""
 
@@ -130,10 +132,8 @@ class DeathWatch:
             return []
         state, ended = row["State"], row["NumRestarts"] + (row["State"] == "DEAD")
         before, known.ended = known.ended if known.ended is not None else row["NumRestarts"], ended
-        told = told_by_table(row["DeathCause"])
-        deaths = []
-        if ended > before and not (state == "DEAD" and on_purpose(told)):
-            deaths = [death_of(known.process, told if told.words else Told("wordless", ""))]
+        told = untold(known.process.role, state, told_by_table(row["DeathCause"])) if ended > before else None
+        deaths = [] if told is None else [death_of(known.process, told)]
         if state == "ALIVE" and row["Pid"] != known.process.pid:
             known.process = _living(known.process, row)
         if state == "DEAD":
@@ -151,13 +151,18 @@ class DeathWatch:
             elif self._nodes.pop(node_id, None) is not None:
                 why = node.get("DeathReasonMessage") or node.get("DeathReason") or "it no longer answers Ray's head"
                 process = Process("node", node.get("NodeName") or address, None, node_id, address)
-                deaths.append(death_of(process, Told("node", " ".join(str(why).split()))))
+                death = death_of(process, Told("node", " ".join(str(why).split())))
+                ran = [str(known.process) for known in self._known.values() if known.process.node_id == node_id]
+                deaths.append(replace(death, lost=f"what ran on it: {', '.join(ran)}") if ran else death)
         return deaths
 
 
-def on_purpose(told: Told) -> bool:
-    """Whether the run or Serve ended it, or it itself, in order."""
-    return told.kind == "killed" or "INTENDED" in told.words
+def untold(role: str, state: str, told: Told) -> Told | None:
+    """What nobody else tells of an end; None for one that the run or Serve meant, or the part itself."""
+    meant = told.kind == "killed" or "INTENDED" in told.words
+    if state == "DEAD" and meant:
+        return REPLACED if role == "policy replica" else None
+    return told if told.words else Told("wordless", "")
 
 
 def role_of(actor: str, applications: Sequence[str]) -> tuple[str | None, str]:
