@@ -79,7 +79,7 @@ class Nodes:
         return str(self._cluster.address)
 
     def add(self) -> None:
-        """One more worker node."""
+        """One more worker node. In the main thread: its processes end with the one that starts them."""
         with environment(self._front_door):
             self._cluster.add_node(num_cpus=NODE_CPUS, object_store_memory=2**28, include_dashboard=False)
 

@@ -93,7 +93,7 @@ async def proxy_manager(scene: Scene) -> Struck:
 
 async def node(scene: Scene) -> Struck:
     """The worker node with most of the run, after another one has joined. Back: all that it had, elsewhere."""
-    await in_thread(scene.nodes.add)
+    scene.nodes.add()
     held = {node_id: on(node_id) for node_id in scene.nodes.workers()}
     victim = max(held, key=lambda node_id: len(held[node_id]))
     playing = await scene.playing()
@@ -105,7 +105,7 @@ async def node(scene: Scene) -> Struck:
         backs.append(await replicas_back(scene, len(members), taken))
     if any(actor.name in names for actor in actors("PolicyTrainer")):
         backs.append(ranks_back(scene))
-    at = await in_thread(scene.nodes.kill, victim)
+    at = scene.nodes.kill(victim)
 
     async def back() -> bool:
         return all([await each() for each in backs])
