@@ -457,3 +457,41 @@ async def test_a_store_that_refuses_leases_ends_the_runner_with_its_error(flaky:
     flaky.refused = "dequeue_many_rollouts"
     with pytest.raises(lr.StoreError, match="dequeue_many_rollouts is refused"):
         await asyncio.wait_for(Runner(agent_of(lambda: 1.0, True), flaky, "w-1", SECRET).run(), 5)
+
+
+async def test_spans_on_their_way_with_the_end_are_not_sent_beside_it(
+    store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    appended: list[int] = []
+    append, finish = store.append_spans, store.finish_many_attempts
+
+    async def counted(batch: Any, synced: bool = True) -> Any:
+        appended.append(batch.num_rows)
+        return await append(batch, synced)
+
+    async def slow(*ends: Any) -> Any:
+        await asyncio.sleep(0.2)
+        return await finish(*ends)
+
+    monkeypatch.setattr(runner_module, "EXPORT_SECONDS", 0.01)
+    monkeypatch.setattr(store, "append_spans", counted)
+    monkeypatch.setattr(store, "finish_many_attempts", slow)
+    [rollout] = await play(store, agent_of(lambda: 1.0, True))
+    assert await rewards_of(store, rollout) == [1.0] and not appended
+
+
+async def test_a_lease_asks_for_a_sixteenth_of_many_slots(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    dequeue = store.dequeue_many_rollouts
+
+    async def counted(*, limit: int, **more: Any) -> Any:
+        asked.append(limit)
+        return await dequeue(limit=limit, **more)
+
+    async def waits(task: Any, llm: lr.LLM) -> float:
+        await asyncio.sleep(task["seconds"])
+        return 1.0
+
+    monkeypatch.setattr(store, "dequeue_many_rollouts", counted)
+    await play(store, lr.rollout(waits), *(Request(input={"seconds": 0.3}) for _ in range(100)), concurrency=640)
+    assert asked[:3] == [40, 40, 40]  # a sixteenth of the slots, as long as that many are free

@@ -218,6 +218,15 @@ async def test_a_call_given_up_is_not_sent_and_one_that_waits_is_broken_off(
     assert len(broken_off) == 1
 
 
+async def test_what_is_queued_is_leased_at_once_and_only_an_empty_queue_is_waited_for(road: Road) -> None:
+    store = StoreClient(road)
+    road.open()
+    assert await store._call("dequeue_many_rollouts", 3, timeout=30.0) == 3
+    assert road.messages == [[3]]
+    assert await store._call("dequeue_many_rollouts", 0, timeout=30.0) == 0
+    assert road.messages == [[3], [0], [0]]
+
+
 async def test_a_broken_road_is_told_at_the_deadline_and_mended_before_it(road: Road) -> None:
     from ray.exceptions import ActorUnavailableError
 

@@ -196,6 +196,13 @@ def test_a_slice_travels_alone() -> None:
     assert decode_table(encoded).equals(table.slice(3, 1))
 
 
+def test_many_pieces_travel_as_one() -> None:
+    batches = [spans_to_batch([span(span_id=str(i), prompt_ids=range(i))]) for i in range(50)]
+    whole = pa.Table.from_batches(batches)
+    arrived = decode_table(encode_table(whole))
+    assert arrived.equals(whole) and arrived["span_id"].num_chunks == 1
+
+
 def table(**columns: list[Any]) -> pa.Table:
     ids = {"rollout_id": ["r"], "attempt_id": ["a"], "trace_id": ["t"], "span_id": ["s"], "name": ["n"]}
     return pa.table({**ids, "sequence_id": [1], "status": ["OK"], "more": [b"\x80"], **columns})
