@@ -13,6 +13,7 @@ import re
 import secrets
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from math import ceil
 from pathlib import Path
@@ -29,6 +30,7 @@ from lightning_ray.errors import ConfigError, InfrastructureError
 from lightning_ray.events import Events
 from lightning_ray.hooks import Hook
 from lightning_ray.machine import end_processes, environment
+from lightning_ray.mirror.place import url_of
 from lightning_ray.net import free_port
 from lightning_ray.placement.asks import Wanted
 from lightning_ray.placement.places import Places
@@ -110,7 +112,7 @@ class Cluster:
     def start_ray(self, wanted: Wanted | None = None) -> None:
         """Start or join Ray; a Ray of our own counts as many CPUs as what is wanted takes, if that is more than usual.
 
-        Raises ConfigError when a foreign ``actors`` package hides ours.
+        Raises ConfigError when a foreign ``actors`` package hides ours, InfrastructureError when there is no Ray.
         """
         check_packages()
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -131,7 +133,10 @@ class Cluster:
                 "_temp_dir": str(self._temp),
             }
         with environment(self._front_door()):
-            ray.init(self.address, **options)
+            try:
+                ray.init(self.address, **options)
+            except Exception as error:
+                raise InfrastructureError(no_ray(self.address, error)) from error
         take_back_sigterm()
         self.failure = asyncio.get_running_loop().create_future()
         self._deaths = DeathWatch(self.events.death, lambda: self._applications, self._ray_died)
@@ -150,6 +155,8 @@ class Cluster:
         here = ray_node_id()
         readers = [ask for ask in asks if ask.role in ("trainer", "policy")]
         for what, folder in seen.items() if readers else ():
+            if url_of(folder) is not None:  # other nodes get it from there
+                continue
             await in_thread(check_seen, folder, what, readers, await in_thread(nodes_now), here)
 
     def _ray_died(self, death: Death) -> None:
@@ -320,20 +327,17 @@ class Cluster:
         """End everything that this run started; nothing is left behind. Takes at most some ten seconds."""
         import ray
 
-        if not ray.is_initialized():
-            return
         if self._deaths is not None:
             self._deaths.stop()
-        grown = psutil.Process().children(recursive=True) if self.owned else []
-        try:
-            async with asyncio.timeout(STOP_SECONDS):
-                await self._stop_actors()
-        except Exception:  # a part that does not end is ended below, or by its owner's end
-            pass
-        from ray.serve.context import _set_global_client
+        grown = psutil.Process().children(recursive=True) if self._scratch is not None else []
+        if ray.is_initialized():
+            with suppress(Exception):  # a part that does not end is ended below, or by its owner's end
+                async with asyncio.timeout(STOP_SECONDS):
+                    await self._stop_actors()
+            from ray.serve.context import _set_global_client
 
-        await asyncio.to_thread(ray.shutdown)
-        _set_global_client(None)  # or the next run of this process would ask the controller of this Ray
+            await asyncio.to_thread(ray.shutdown)
+            _set_global_client(None)  # or the next run of this process would ask the controller of this Ray
         end_processes(grown)
         if self._scratch is not None:
             self._scratch.remove()
@@ -357,6 +361,14 @@ def ray_node_id() -> str:
 
     node_id: str = ray.get_runtime_context().get_node_id()
     return node_id
+
+
+def no_ray(address: str, error: Exception) -> str:
+    """What to tell when Ray does not start, or cannot be joined."""
+    said = next((line.strip() for line in str(error).splitlines()[::-1] if line.strip()), type(error).__name__)[:300]
+    if address == "local":
+        return f"Ray did not start on this machine ({said}): has it too much to do, or too little memory or disk?"
+    return f"no Ray can be joined at address={address!r} ({said}): is it up, with this RAY_AUTH_MODE and token?"
 
 
 def plain_name(run: str) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from lightning_ray.cluster import no_ray
 from lightning_ray.deaths import Death, Process, death_of, told_of
 from lightning_ray.deaths.evidence import Evidence, gather, log_end
 from lightning_ray.deaths.exits import Exits, in_words
@@ -195,3 +196,10 @@ def test_doctor_lists_what_died_and_when_the_run_was_late(tmp_path: Path) -> Non
     assert "Late 1 times" in told and "step 3 lasts 80 s\n  runners: 2 up" in told
     show_events([], silent := Console(file=io.StringIO()))
     assert silent.file.getvalue() == ""  # type: ignore[attr-defined]
+
+
+def test_a_ray_that_is_not_there_is_told() -> None:
+    own = no_ray("local", RuntimeError("a traceback\nThe current node timed out during startup.\n"))
+    assert own.startswith("Ray did not start on this machine (The current node timed out during startup.)")
+    joined = no_ray("10.0.0.1:6379", ConnectionError("nobody listens"))
+    assert joined.startswith("no Ray can be joined at address='10.0.0.1:6379' (nobody listens)")

@@ -55,6 +55,11 @@ class ServedModels:
             found["main_llm" if policy == ONLY else policy] = endpoint
         return found, proofs
 
+    def folders(self, folder: RunFolder) -> dict[str, Path]:
+        """What replicas read, by what it is to a person: models, and those that the evaluation's folder is to hold."""
+        given = {f"the model of {policy}": model for policy, model in self._models().items() if isinstance(model, Path)}
+        return {**given, "the evaluation's folder": folder.path} if self._models() else {}
+
     def engines(self) -> dict[str, EngineSettings]:
         """Of all that are served."""
         return {policy: self._settings(policy)[1] for policy in self._models()}

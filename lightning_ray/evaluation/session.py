@@ -125,7 +125,7 @@ class EvaluationSession:
             engines = served.engines()
             wanted = Wanted(engines, {}, trainer.runner_settings().minimum, trainer.runner_settings().maximum)
             cluster.start_ray(wanted)
-            await cluster.make_room(wanted, self._reporter.note, {"the model's folder": folder.path} if engines else {})
+            await cluster.make_room(wanted, self._reporter.note, served.folders(folder))
             store = cluster.start_store(folder.store)
             await store.statistics()
             write_json(folder.path / "ray.json", cluster.whereabouts())
