@@ -47,13 +47,15 @@ def settings(steps: int, **more: Any) -> GRPO:
     return GRPO(model=make_tiny_model, steps=steps, engine=engine, **{**values, **more})
 
 
-async def scraped(*wanted: str) -> dict[str, dict[str, float]]:
-    """Metrics of the Ray that is up, by series and the tags that tell its own apart, once ``wanted`` are among them."""
+async def scraped(steps: int, *wanted: str) -> dict[str, dict[str, float]]:
+    """Metrics of the Ray that is up, by series and the tags that tell its own apart; once it tells of so many steps and
+    ``wanted`` are among them.
+    """
     [node] = ray.nodes()
     address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     found: dict[str, dict[str, float]] = defaultdict(dict)
     async with asyncio.timeout(60), httpx.AsyncClient(timeout=10) as client:
-        while not set(wanted) <= found.keys():
+        while found["step"].get("") != steps or not set(wanted) <= found.keys():
             await asyncio.sleep(0.5)
             for name, tags, value in re.findall(
                 r"^ray_lightning_ray_(\w+)\{(.*)\} (\S+)$", (await client.get(address)).text, re.M
@@ -86,7 +88,7 @@ async def test_stale_tokens_stay_within_the_bound_and_a_killed_rank_is_replaced(
         os.kill(pid, signal.SIGKILL)
         await asyncio.wait_for(learning, 150)
         assert {"run/runner-0", "run/trainer", "run/store"} <= names
-        metrics = await scraped("queue_length", "call_seconds_count", "replica_proved", "update", "restarts")
+        metrics = await scraped(8, "queue_length", "call_seconds_count", "replica_proved", "update", "restarts")
     finally:
         learning.cancel()
         await run.close()
@@ -109,7 +111,7 @@ async def test_stale_tokens_stay_within_the_bound_and_a_killed_rank_is_replaced(
     assert metrics["update"]["entropy"] > 0 and metrics["phase_seconds_total"]["update"] > 0
 
     trained = traces(tmp_path / "async")
-    assert len(trained) == summary["rollouts_trained"] > 0
+    assert len(trained) >= summary["rollouts_trained"] > 0, "steps after the last checkpoint are made again"
     for found in trained:
         root, last = found[f"async/runner {ATTEMPT_SPAN}"], found[f"async/trainer {TRAINED_SPAN}"]
         client, call = (found[f"async/{by} openai.chat.completion"] for by in ("runner", "policy"))
