@@ -93,7 +93,7 @@ class RunRollouts:
             states = dict(Counter(r.status for r in rollouts if r.status not in TERMINAL_ROLLOUT))
             raise InfrastructureError(
                 f"{len(rollout_ids) - len(ended)} of {len(rollout_ids)} rollouts did not end within {deadline:.0f} s, "
-                f"by state: {states}; the runners may be stuck: look at them in the Ray dashboard"
+                f"by state: {states}; the run's events.jsonl tells what runners and replicas were at, and who died"
             )
 
     async def read(self, rollout_ids: Sequence[str]) -> Ended:
@@ -139,7 +139,7 @@ def refuse_total_failure(played: Sequence[Episode]) -> None:
     if kind == "infrastructure":
         raise InfrastructureError(
             f"all {len(played)} rollouts failed, and not by the agent; most often ({count}x): {reason}. "
-            "See the logs of runners and policy replicas in the Ray dashboard, then resume"
+            "The run's events.jsonl tells who died, and why; then resume"
         )
     raise AgentError(
         f"the agent failed in all {len(played)} rollouts; most often ({count}x): {reason}. "

@@ -85,7 +85,7 @@ class PolicySwapper:
             except TimeoutError:
                 raise InfrastructureError(
                     f"the swap to version {version} did not end within {deadline:.0f} s; "
-                    "look at the replicas' and trainer ranks' logs in the Ray dashboard"
+                    "the run's events.jsonl tells what replicas and trainer ranks were at, and who died"
                 ) from None
 
     async def unproved(self) -> list[str]:
