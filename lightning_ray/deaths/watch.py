@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from lightning_ray.deaths.death import Death, death_of
@@ -67,8 +68,10 @@ class DeathWatch:
         self._applications = applications
         self._fatal = fatal
         self._known: dict[str, Known] = {}
-        self._strangers: set[tuple[str, str]] = set()
-        """Names in Serve's namespace that are not the run's."""
+        self._seen: set[str] = set()
+        """Names of Serve's actors."""
+        self._found: SimpleQueue[Death] = SimpleQueue()
+        """What a look found, which is made in a thread and may break off."""
         self._nodes: dict[str, str] = {}
         self._task: asyncio.Task[None] | None = None
 
@@ -82,9 +85,9 @@ class DeathWatch:
             self._task.cancel()
         exits.close()
 
-    def know(self, actor: Any, role: str, name: str) -> None:
-        """Watch an actor, by its handle."""
-        self._known[actor._actor_id.hex()] = Known(Process(role, name))
+    def know(self, actor: Any, role: str, name: str, ended: int | None = 0) -> None:
+        """Watch an actor, by its handle; one that is not new with ``ended=None``."""
+        self._known[actor._actor_id.hex()] = Known(Process(role, name), ended)
 
     async def _watch(self) -> None:
         while True:
@@ -95,16 +98,19 @@ class DeathWatch:
                 return
             try:
                 async with asyncio.timeout(LOOK_SECONDS):
-                    for death in await asyncio.to_thread(self._look):
-                        self._tell(death)
+                    await asyncio.to_thread(self._look)
             except asyncio.CancelledError:
                 raise
             except Exception as error:  # Ray's tables may be out of reach for a while
                 logger.info("Ray's tables could not be read: %s", error)
+            while not self._found.empty():
+                self._tell(self._found.get())
 
-    def _look(self) -> list[Death]:
+    def _look(self) -> None:
+        self._look_at_nodes()
         self._find()
-        return [*self._dead_nodes(), *(death for actor_id in list(self._known) for death in self._dead(actor_id))]
+        for actor_id in list(self._known):
+            self._look_at(actor_id)
 
     def _find(self) -> None:
         """Serve's actors are known by their names: replicas come and go."""
@@ -114,36 +120,34 @@ class DeathWatch:
         if not applications:
             return
         for actor in ray.util.list_named_actors(all_namespaces=True):
-            key = (actor["namespace"], actor["name"])
-            if actor["namespace"] != SERVE or key in self._strangers:
+            if actor["namespace"] != SERVE or actor["name"] in self._seen:
                 continue
             role, name = role_of(actor["name"], applications)
-            self._strangers.add(key)
+            self._seen.add(actor["name"])
             if role is not None:
                 with contextlib.suppress(ValueError):  # it is gone already
-                    self.know(ray.get_actor(actor["name"], SERVE), role, name)
+                    self.know(ray.get_actor(actor["name"], SERVE), role, name, None)
 
-    def _dead(self, actor_id: str) -> list[Death]:
-        """What is to be told of an actor since the last look; afterwards it is known as it is now."""
+    def _look_at(self, actor_id: str) -> None:
+        """Find out about an actor's end since the last look; afterwards it is known as it is now."""
         import ray
 
         known, row = self._known[actor_id], ray._private.state.actors(actor_id)
         if not row:
-            return []
+            return
         state, ended = row["State"], row["NumRestarts"] + (row["State"] == "DEAD")
         before, known.ended = known.ended if known.ended is not None else row["NumRestarts"], ended
         told = untold(known.process.role, state, told_by_table(row["DeathCause"])) if ended > before else None
-        deaths = [] if told is None else [death_of(known.process, told)]
+        if told is not None:
+            self._found.put(death_of(known.process, told))
         if state == "ALIVE" and row["Pid"] != known.process.pid:
             known.process = _living(known.process, row)
         if state == "DEAD":
             del self._known[actor_id]
-        return deaths
 
-    def _dead_nodes(self) -> list[Death]:
+    def _look_at_nodes(self) -> None:
         import ray
 
-        deaths = []
         for node in ray.nodes():
             node_id, address = node["NodeID"], node["NodeManagerAddress"]
             if node["Alive"]:
@@ -152,9 +156,9 @@ class DeathWatch:
                 why = node.get("DeathReasonMessage") or node.get("DeathReason") or "it no longer answers Ray's head"
                 process = Process("node", node.get("NodeName") or address, None, node_id, address)
                 death = death_of(process, Told("node", " ".join(str(why).split())))
-                ran = [str(known.process) for known in self._known.values() if known.process.node_id == node_id]
-                deaths.append(replace(death, lost=f"what ran on it: {', '.join(ran)}") if ran else death)
-        return deaths
+                processes = [known.process for known in list(self._known.values())]
+                ran = [str(process) for process in processes if process.node_id == node_id]
+                self._found.put(replace(death, lost=f"what ran on it: {', '.join(ran)}") if ran else death)
 
 
 def untold(role: str, state: str, told: Told) -> Told | None:
