@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lightning_ray.config import EngineSettings
 from lightning_ray.errors import ConfigError, InfrastructureError
+from lightning_ray.placement import room
 from lightning_ray.placement import unseen as unseen_module
 from lightning_ray.placement.asks import Ask, Wanted
 from lightning_ray.placement.places import Places
@@ -86,7 +87,8 @@ async def test_a_small_run_is_placed_or_refused_at_once(cluster: Any) -> None:
         await make_room(large.asks(Placement(), view.labels()), view, 30, notes.append)
 
 
-async def test_room_is_waited_for_until_a_node_is_added(cluster: Any) -> None:
+async def test_room_is_waited_for_until_a_node_is_added(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "GRACE_SECONDS", 0.1)
     wanted = Ask("runner", 3, ({"CPU": 1},), {ROLE_LABEL: "runner"})
     view = View(nodes_now(), [NodeType("runners", {"CPU": 4}, {ROLE_LABEL: "runner"}, 2)])
     notes: list[str] = []
@@ -96,7 +98,7 @@ async def test_room_is_waited_for_until_a_node_is_added(cluster: Any) -> None:
     await asyncio.sleep(0.5)
     added = cluster.add_node(num_cpus=3, object_store_memory=80_000_000, labels={ROLE_LABEL: "runner"})
     await waiting
-    assert all("waiting for room" in note and "3 x runner" in note for note in notes) and len(notes) >= 2
+    assert all("waiting for room" in note and "3 x runner" in note for note in notes) and len(notes) == 2
     cluster.remove_node(added)
 
 

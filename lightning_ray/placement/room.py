@@ -22,9 +22,11 @@ from lightning_ray.placement.refusal import refusal
 from lightning_ray.placement.view import View, look
 from lightning_ray.waiting import waiting
 
+GRACE_SECONDS = 3.0
+"""Ray takes a moment to see what was just given back."""
 TELL_SECONDS = 20.0
 """Between two lines on what is waited for."""
-POLL_SECONDS = 1.0
+POLL_SECONDS = 0.5
 GROUP_SECONDS = 0.05
 
 
@@ -43,19 +45,22 @@ async def make_room(asks: Sequence[Ask], view: View, wait_seconds: float, note: 
     if check(asks, view):
         return
     held = [(ask, hold(ask)) for ask in asks for _ in range(ask.count)]
-    began = told = time.monotonic()
-    note(f"the cluster is full, or has to grow: waiting for room, {wait_seconds:.0f} s at most ({_pending(held)})")
+    began = time.monotonic()
+    tell_at = GRACE_SECONDS
     try:
-        while waiting := [pair for pair in held if not is_there(pair[1])]:
+        while pending := [pair for pair in held if not is_there(pair[1])]:
             waited = time.monotonic() - began
             if waited > wait_seconds:
                 now = await asyncio.to_thread(look, False)
-                now = View(now.nodes, view.types, view.unknown)
-                lacking = [(ask, sum(each is ask for each, _ in waiting)) for ask in asks]
-                raise ConfigError(refusal(asks, now, [pair for pair in lacking if pair[1]], waited))
-            if time.monotonic() - told > TELL_SECONDS:
-                told = time.monotonic()
-                note(f"waiting for room since {waited:.0f} s of {wait_seconds:.0f} s: {_pending(waiting)}")
+                lacking = [(ask, sum(each is ask for each, _ in pending)) for ask in asks]
+                view = View(now.nodes, view.types, view.unknown)
+                raise ConfigError(refusal(asks, view, [pair for pair in lacking if pair[1]], waited))
+            if waited > tell_at:
+                tell_at = waited + TELL_SECONDS
+                note(
+                    f"the cluster is full, or has to grow: waiting for room for {_counted(pending)}, "
+                    f"since {waited:.0f} s of {wait_seconds:.0f} s"
+                )
             await asyncio.sleep(POLL_SECONDS)
     finally:
         for _, group in held:
@@ -78,9 +83,9 @@ async def placed(ask: Ask, seconds: float) -> Any:
     return group
 
 
-def _pending(waiting: Sequence[tuple[Ask, Any]]) -> str:
+def _counted(pending: Sequence[tuple[Ask, Any]]) -> str:
     counts: dict[str, int] = {}
-    for ask, _ in waiting:
+    for ask, _ in pending:
         counts[ask.title] = counts.get(ask.title, 0) + 1
     return ", ".join(f"{count} x {title}" for title, count in counts.items())
 
