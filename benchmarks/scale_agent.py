@@ -85,13 +85,18 @@ class Replica:
 
     def __init__(self, store: Store, seed: int | None = None) -> None:
         self._store = store
+        self._calls = 0
         self._pool = pool(SpanMaker(secrets.randbits(32) if seed is None else seed))
-        self._append = SharedAppend(self._store_rows)
+        self._append = SharedAppend(self._store_rows, lambda: self._calls)
 
     async def call(self, key: Key, conversation: int, turn: int, seconds: float) -> None:
         """One model call; returns when its span is stored, as an answer goes out then."""
-        await asyncio.sleep(seconds)
-        await self._append([{"key": key, "row": conversation * TURNS + turn}])
+        self._calls += 1
+        try:
+            await asyncio.sleep(seconds)
+            await self._append([{"key": key, "row": conversation * TURNS + turn}])
+        finally:
+            self._calls -= 1
 
     async def _store_rows(self, rows: list[dict[str, Any]]) -> None:
         batch = self._pool.take(pa.array([row["row"] for row in rows]))

@@ -66,6 +66,9 @@ class Costs(NamedTuple):
     """What a rollout of the benchmark was measured to take: CPU ms of each part, and kB while it is played."""
 
     store_ms: float
+    """With the model calls of thousands of rollouts sharing appends, as two processes send them."""
+    store_alone_ms: float
+    """With each model call an append and a message of its own, as hundreds of replicas send them."""
     compaction_ms: float
     driver_ms: float
     runner_ms: float
@@ -85,7 +88,10 @@ class Need(NamedTuple):
 
 
 def costs_of(figures: Mapping[str, Any]) -> Costs:
-    """From the JSON of a full run: CPU at 10,000 through Ray, memory from the difference between 10,000 and 1,000."""
+    """From the JSON of a full run: CPU at 10,000 through Ray, memory from the difference between 10,000 and 1,000.
+
+    At 1,000 nearly every message carries one thing: what it costs there, and what Ray adds, is ``store_alone_ms``.
+    """
     points = figures["points"]
     alone = [point for point in points if point["shards"] == point["nodes"] == 1]
     try:
@@ -95,9 +101,11 @@ def costs_of(figures: Mapping[str, Any]) -> Costs:
         raise ConfigError(
             "the costs have too few points; give costs=FILE with the JSON of a full run of benchmarks.scale"
         ) from None
-    more = many["concurrency"] - few["concurrency"]
+    more, store = many["concurrency"] - few["concurrency"], "store_cpu_ms_per_rollout"
     return Costs(
-        *(remote[f"{part}_cpu_ms_per_rollout"] for part in ("store", "compaction", "driver", "runners", "raylets")),
+        remote[store],
+        few[store] + max(0.0, remote[store] - many[store]),
+        *(remote[f"{part}_cpu_ms_per_rollout"] for part in ("compaction", "driver", "runners", "raylets")),
         *((many[f"{part}_pss_mb"] - few[f"{part}_pss_mb"]) / more * 1e3 for part in ("store", "driver", "runners")),
     )
 
@@ -115,7 +123,7 @@ def needs(what: Deployment, costs: Costs) -> list[Need]:
     def cores(milliseconds: float) -> float:
         return per_s * milliseconds * heavier / 1e3
 
-    shards = math.ceil(cores(costs.store_ms) / BUSY)
+    shards = math.ceil(cores(costs.store_alone_ms) / BUSY)
     runners = math.ceil(what.rollouts / what.concurrency)
     replicas = int(what.gpus * (1 - what.trainer_share)) // what.gpus_per_replica
     ranks = what.gpus - replicas * what.gpus_per_replica
@@ -126,7 +134,8 @@ def needs(what: Deployment, costs: Costs) -> list[Need]:
         Need("load", "rollouts ended", per_s, "/s"),
         Need("load", "model calls", calls, "/s"),
         Need("load", "a span as Arrow", span_bytes / 1e3, "kB"),
-        Need("store", "CPU", cores(costs.store_ms), "cores"),
+        Need("store", "CPU, calls sharing appends", cores(costs.store_ms), "cores"),
+        Need("store", "CPU, each call by itself", cores(costs.store_alone_ms), "cores"),
         Need("store", f"shards, each busy {BUSY:.0%} of a core at most", shards, ""),
         Need("store", "CPU of compaction", cores(costs.compaction_ms), "cores"),
         Need("store", "memory for what is played", what.rollouts * costs.store_kb / 1e6, "GB"),

@@ -20,6 +20,7 @@ from lightning_ray.types import EnqueueRolloutRequest
 
 COSTS = Costs(
     store_ms=1.0,
+    store_alone_ms=3.0,
     compaction_ms=2.0,
     driver_ms=0.5,
     runner_ms=2.0,
@@ -70,20 +71,21 @@ def test_a_plan_is_linear_in_rollouts_and_in_calls() -> None:
     small = needed(Deployment(rollouts=10_000, seconds=100, calls=3))
     assert small["load: rollouts ended"] == 100
     assert small["load: model calls"] == 300
-    assert small["store: CPU"] == pytest.approx(0.1)
+    assert small["store: CPU, calls sharing appends"] == pytest.approx(0.1)
+    assert small["store: CPU, each call by itself"] == pytest.approx(0.3)
     assert small["driver: CPU, of one core"] == pytest.approx(0.05)
     assert small["driver: rollouts at most, at that cost"] == pytest.approx(1200)
     assert small["store: memory for what is played"] == pytest.approx(0.2)
     assert small["runners: rollouts that one core carries at most"] == pytest.approx(30_000)
     large = needed(Deployment(rollouts=100_000, seconds=100, calls=7))
     for name in (
-        "store: CPU",
+        "store: CPU, each call by itself",
         "store: CPU of compaction",
         "driver: CPU, of one core",
         "ray: CPU of all raylets, for messages",
     ):
         assert large[name] == pytest.approx(20 * small[name])
-    assert large["store: shards, each busy 60% of a core at most"] == 4  # 2 cores / 0.6
+    assert large["store: shards, each busy 60% of a core at most"] == 10  # 6 cores / 0.6
 
 
 def test_a_plan_counts_gpus_and_actors_once() -> None:
@@ -109,7 +111,7 @@ def point(concurrency: int, line: bool = True, **more: Any) -> dict[str, Any]:
 
 def test_costs_are_those_through_ray_and_memory_is_what_more_rollouts_took() -> None:
     points = [
-        point(1000),
+        point(1000, store_cpu_ms_per_rollout=4.0),
         point(3000),
         point(10_000),
         point(20_000),
@@ -117,7 +119,7 @@ def test_costs_are_those_through_ray_and_memory_is_what_more_rollouts_took() -> 
         point(10_000, line=False),
     ]
     costs = costs_of({"points": points})
-    assert (costs.store_ms, costs.driver_ms, costs.runner_ms) == (2.0, 2.0, 2.0)
+    assert (costs.store_ms, costs.store_alone_ms, costs.driver_ms, costs.runner_ms) == (2.0, 5.0, 2.0, 2.0)
     assert costs.store_kb == pytest.approx(10.0)
     with pytest.raises(ConfigError, match="of a full"):
         costs_of({"points": points[:4]})
