@@ -260,6 +260,10 @@ class Cluster:
         """Call a control method on every live replica of the only policy."""
         return await self.replicas_of(ONLY)(method, *arguments)
 
+    def serves(self, name: str) -> bool:
+        """Whether a policy's deployment is up."""
+        return name in self._deployed
+
     def replicas_of(self, name: str) -> Replicas:
         """Calls a control method on every live replica of a policy."""
 

@@ -133,4 +133,4 @@ def replicas_at_work(answers: Sequence[Mapping[str, Any]]) -> str:
         proved = "" if each["proved"] else ", not proved"
         calls = f"{each['running']} calls running, {each['waiting']} waiting"
         told.append(f"{each['replica_id']} {calls}, version {each['version']}{proved}{swap}")
-    return "; ".join(told) or "none answers"
+    return "; ".join(told) or "none is up"

@@ -367,14 +367,14 @@ class Run:
         """What each part is at, for when a step is late."""
 
         async def rollouts() -> str:
-            return await rollouts_at_work(self.store)
+            return "no store yet" if self.cluster.store is None else await rollouts_at_work(self.cluster.store)
 
         async def runners() -> str:
             pool = self.cluster.runners
             return "not started" if pool is None else runners_at_work(pool.status())
 
         async def replicas() -> str:
-            asked = [self.cluster.replicas_of(name)("status") for name in self.policies]
+            asked = [self.cluster.replicas_of(name)("status") for name in self.policies if self.cluster.serves(name)]
             return replicas_at_work([each for answers in await asyncio.gather(*asked) for each in answers])
 
         return {"rollouts": rollouts, "runners": runners, "replicas": replicas}

@@ -111,4 +111,4 @@ def test_what_runners_and_replicas_are_at_is_told_in_a_line() -> None:
     assert replicas_at_work([{**replica, "swapping_since": time.time() - 9}]) == (
         "a1 3 calls running, 1 waiting, version 4, not proved, a swap open since 9 s"
     )
-    assert replicas_at_work([]) == "none answers"
+    assert replicas_at_work([]) == "none is up"
