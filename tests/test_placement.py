@@ -148,6 +148,7 @@ def test_a_refusal_says_what_is_asked_what_there_is_and_what_to_change() -> None
     ("asked", "words"),
     [
         (ask(1, {"CPU": 1}, **GPU), "ray start --labels lightning-ray/role=gpu"),
+        (ask(1, {"CPU": 1}, **{ROLE_LABEL: "in(trainer, gpu)"}), "ray start --labels lightning-ray/role=trainer)"),
         (ask(1, {"CPU": 1, "GPU": 1}), "no node for trainer has GPU 1: add a node with one, or set engine.device=cpu"),
         (ask(1, {"CPU": 4}), "no node for trainer has CPU 4: lower ranks"),
         (ask(1, {"CPU": 1}, {"CPU": 1}, strategy="STRICT_SPREAD"), "set placement.ranks=pack"),

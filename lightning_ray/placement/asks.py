@@ -43,6 +43,11 @@ class Ask:
         return f"{many}{where}{how if len(self.bundles) > 1 else ''}"
 
     @property
+    def pieces(self) -> int:
+        """Parts of a unit that find a place each for itself."""
+        return 1 if self.strategy == "STRICT_PACK" else len(self.bundles)
+
+    @property
     def title(self) -> str:
         """``trainer of writer``."""
         return f"{self.role} of {self.name}" if self.name else self.role

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -15,7 +16,7 @@ UNKNOWN = "what its autoscaler could add, if it has one, it does not tell"
 
 def refusal(asks: Sequence[Ask], view: View, missing: Sequence[tuple[Ask, int]], waited: float = 0.0) -> str:
     """The whole message. ``waited`` seconds went by in vain."""
-    lacking = ", ".join(f"{count} of {_pieces(ask)} for {ask.title}" for ask, count in missing)
+    lacking = ", ".join(f"{count} of {ask.count * ask.pieces} for {ask.title}" for ask, count in missing)
     after = f" after {waited:.0f} s of waiting for room" if waited else ""
     could = [f"  {_type(kind)}" for kind in view.types]
     lines = [
@@ -30,11 +31,6 @@ def refusal(asks: Sequence[Ask], view: View, missing: Sequence[tuple[Ask, int]],
     return "\n".join(lines)
 
 
-def _pieces(ask: Ask) -> str:
-    pieces = 1 if ask.strategy == "STRICT_PACK" else len(ask.bundles)
-    return str(ask.count * pieces)
-
-
 def nodes_shown(nodes: Sequence[Node]) -> list[str]:
     """A line for each kind of node."""
     kinds = Counter(
@@ -42,7 +38,10 @@ def nodes_shown(nodes: Sequence[Node]) -> list[str]:
         + ("" if len(nodes) > SHOWN_NODES else f" ({node.address})")
         for node in nodes
     )
-    return [f"  {count} x {kind}" if count > 1 else f"  {kind}" for kind, count in kinds.most_common(SHOWN_NODES)]
+    shown = kinds.most_common(SHOWN_NODES)
+    lines = [f"  {count} x {kind}" if count > 1 else f"  {kind}" for kind, count in shown]
+    more = len(nodes) - sum(count for _, count in shown)
+    return [*lines, *([f"  and {more} more"] if more else [])]
 
 
 def _amounts(total: Mapping[str, float], free: Mapping[str, float]) -> str:
@@ -59,13 +58,19 @@ def _type(kind: NodeType) -> str:
     return f"up to {kind.most} x {kind.name}: {amounts or 'resources that its file does not tell'}{_role(kind.labels)}"
 
 
+def _one_of(value: str) -> str:
+    """A value that a selector's ``in(a, b)`` takes."""
+    listed = re.fullmatch(r"in\((.*)\)", value)
+    return listed.group(1).split(",")[0].strip() if listed else value
+
+
 def advice(ask: Ask, view: View) -> str:
     """What would give an ask its place."""
     right = [node for node in view.grown(1) if matches(node.labels, ask.selector)]
     if not right:
         [(key, value)] = list(ask.selector.items())[:1]
         return (
-            f"start a node with that label (ray start --labels {key}={value.strip('!')}), or let {ask.role} go to any "
+            f"start a node with that label (ray start --labels {key}={_one_of(value)}), or let {ask.role} go to any "
             f"(--set placement.{ask.role}.label=any)"
         )
     for bundle in ask.bundles:

@@ -52,7 +52,7 @@ async def make_room(asks: Sequence[Ask], view: View, wait_seconds: float, note: 
             waited = time.monotonic() - began
             if waited > wait_seconds:
                 now = await asyncio.to_thread(look, False)
-                lacking = [(ask, sum(each is ask for each, _ in pending)) for ask in asks]
+                lacking = [(ask, ask.pieces * sum(each is ask for each, _ in pending)) for ask in asks]
                 view = View(now.nodes, view.types, view.unknown)
                 raise ConfigError(refusal(asks, view, [pair for pair in lacking if pair[1]], waited))
             if waited > tell_at:
@@ -75,7 +75,7 @@ async def placed(ask: Ask, seconds: float) -> Any:
             while not is_there(group):
                 if time.monotonic() > deadline:
                     view = await asyncio.to_thread(look, False)
-                    raise InfrastructureError(refusal([ask], view, [(ask, 1)], seconds))
+                    raise InfrastructureError(refusal([ask], view, [(ask, ask.pieces)], seconds))
                 await asyncio.sleep(GROUP_SECONDS)
     except BaseException:
         let_go(group)
