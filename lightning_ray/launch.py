@@ -68,9 +68,9 @@ class Launch:
                 values[name][field_name] = value
         return {name: build(Upstream, value, f"relays.{name}") for name, value in values.items()}
 
-    def placement(self, given: Placement | None) -> Placement:
+    def placement(self, given: Placement | Mapping[str, Any] | None) -> Placement:
         """Where parts go, with its overridden settings (``placement.trainer.label``). Raises ConfigError."""
-        values = {} if given is None else given.model_dump(exclude_unset=True)
+        values = given.model_dump(exclude_unset=True) if isinstance(given, Placement) else dict(given or {})
         for key, value in self.settings.items():
             head, _, rest = key.partition(".")
             if head == "placement" and rest:

@@ -87,7 +87,7 @@ class Trainer:
         name: str = "run",
         runs_dir: str | Path = "runs",
         address: str | None = None,
-        placement: Placement | None = None,
+        placement: Placement | Mapping[str, Any] | None = None,
         initial_resources: NamedResources | None = None,
         relays: Mapping[str, Upstream] | None = None,
         hooks: Hook | Sequence[Hook] | None = None,

@@ -71,6 +71,7 @@ def test_the_command_line_reaches_every_setting() -> None:
     settings: dict[str, Any] = {"placement.trainer.label": "gpu", "placement.ranks": "strict-spread"}
     made = Launch(settings=settings).placement(Placement(trainer={"cpus": 2}))  # type: ignore[arg-type]
     assert (made.trainer.label, made.trainer.cpus, made.ranks) == ("gpu", 2, "strict-spread")
+    assert Launch(settings={"placement.runner.cpus": 0.1}).placement({"wait_seconds": 5}).wait_seconds == 5
     with pytest.raises(ConfigError, match=r"placement\.trainer\.lable='gpu'.*did you mean 'label'"):
         Launch(settings={"placement.trainer.lable": "gpu"}).placement(None)
 
