@@ -46,7 +46,7 @@ from lightning_ray.relay.settings import Upstream
 from lightning_ray.run_state import ONLY
 from lightning_ray.scratch import Scratch
 from lightning_ray.serving import answers_of, deployed, policy_options, serve_address, start_serve, within
-from lightning_ray.stopping import take_back_sigterm
+from lightning_ray.stopping import sigterm_kept
 from lightning_ray.store.base import Store
 from lightning_ray.store.client import StoreClient
 from lightning_ray.store.shards import ShardedStore
@@ -132,12 +132,11 @@ class Cluster:
                 "include_dashboard": False,
                 "_temp_dir": str(self._temp),
             }
-        with environment(self._front_door()):
+        with environment(self._front_door()), sigterm_kept():
             try:
                 ray.init(self.address, **options)
             except Exception as error:
                 raise InfrastructureError(no_ray(self.address, error)) from error
-        take_back_sigterm()
         self.failure = asyncio.get_running_loop().create_future()
         self._deaths = DeathWatch(self.events.death, lambda: self._applications, self._ray_died)
         self._deaths.start()

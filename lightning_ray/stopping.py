@@ -87,7 +87,10 @@ def seconds_given() -> float:
     return (OTHER_SECONDS if this_job() is None else JOB_SECONDS) - END_SECONDS
 
 
-def take_back_sigterm() -> None:
-    """Have SIGTERM handled as before Ray was started, which has it print a stack and end the process."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+@contextmanager
+def sigterm_kept() -> Iterator[None]:
+    """Who handles SIGTERM before Ray is started, within, does so behind it: Ray would have it end the process."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(before) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)

@@ -19,7 +19,7 @@ from lightning_ray.algorithms.loop import TrainingLoop
 from lightning_ray.job_id import this_job
 from lightning_ray.run_folder import RunFolder
 from lightning_ray.run_state import RunState
-from lightning_ray.stopping import Stop, Stopped, seconds_given
+from lightning_ray.stopping import Stop, Stopped, seconds_given, sigterm_kept
 from lightning_ray.trainer import stoppable
 
 
@@ -160,3 +160,11 @@ def test_without_a_run_that_listens_sigterm_is_an_interrupt() -> None:
     with pytest.raises(KeyboardInterrupt), stoppable():
         os.kill(os.getpid(), signal.SIGTERM)
         signal.pause()
+
+
+def test_who_handled_sigterm_before_ray_does_behind_it() -> None:
+    with stoppable():
+        before = signal.getsignal(signal.SIGTERM)
+        with sigterm_kept():
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(15))
+        assert signal.getsignal(signal.SIGTERM) is before
