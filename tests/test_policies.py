@@ -255,6 +255,7 @@ class SeveralRun:
     def __init__(self, *policies: OnePolicy) -> None:
         self.policies = {policy.name: policy for policy in policies}
         self.state = RunState()
+        self.stop = Stop()
         self.folder = self
         self.lines: list[dict[str, Any]] = []
         self.recorded: list[dict[str, Any]] = []
