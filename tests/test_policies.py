@@ -28,6 +28,7 @@ from lightning_ray.replay.settings import recorded, settings_of
 from lightning_ray.run_folder import RunFolder
 from lightning_ray.run_state import PolicyState, RunState
 from lightning_ray.step_figures import StepTimes
+from lightning_ray.stopping import Stop
 from lightning_ray.store import open_folder
 from lightning_ray.summary import summarize
 from lightning_ray.trajectories.account import Account, settle
