@@ -74,8 +74,13 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with contextlib.redirect_stdout(sys.stderr), bar() as progress:
-            line = progress.add_task("the model", total=None)
-            figures = measure(folder, given.quick, lambda what: progress.update(line, advance=1, description=what))
+            line, began = progress.add_task("the model", total=None), time.monotonic()
+
+            def tick(what: str) -> None:
+                progress.update(line, advance=1, description=what)
+                progress.console.print(f"{time.monotonic() - began:6.1f} s  {what}")
+
+            figures = measure(folder, given.quick, tick)
     finally:
         if given.keep is None:
             shutil.rmtree(folder, ignore_errors=True)
