@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections import Counter
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
@@ -69,7 +68,7 @@ class RunRollouts:
         """What queues one rollout of a task, under the run's limits and an id of its own."""
         return EnqueueRolloutRequest(
             input=task,
-            rollout_id=f"ro-{uuid.uuid4().hex[:16]}",
+            rollout_id=self._store.new_rollout_id(near=metadata.get("group_id")),
             mode=mode,
             resources_id=resources_id,
             config=RolloutConfig(

@@ -684,3 +684,13 @@ async def test_a_single_shard_is_a_plain_store(cluster: Any, tmp_path: Path) -> 
     assert not (tmp_path / "shards.json").exists() and open_folder(tmp_path).query_rollouts().total == 1
     with pytest.raises(StoreError, match=r"has 1 shard\(s\)"):
         start_shards(tmp_path, "many", 3)
+
+
+async def test_new_rollouts_of_a_group_lie_in_one_shard_and_groups_in_all() -> None:
+    store = ShardedStore([Flaky(None) for _ in range(4)])  # type: ignore[arg-type]
+    ids = {group: [store.new_rollout_id(near=group) for _ in range(20)] for group in map(str, range(40))}
+    assert len({rollout_id for group in ids.values() for rollout_id in group}) == 20 * 40
+    for group, mine in ids.items():
+        assert {shard_of(rollout_id, 4) for rollout_id in mine} == {shard_of(group, 4)}
+    assert {shard_of(mine[0], 4) for mine in ids.values()} == {0, 1, 2, 3}
+    assert len({shard_of(store.new_rollout_id(), 4) for _ in range(100)}) == 4

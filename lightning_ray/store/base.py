@@ -81,6 +81,12 @@ class Store(ABC):
 
     # --- rollouts: create and claim -------------------------------------------------------------------------
 
+    def new_rollout_id(self, near: str | None = None) -> str:
+        """A fresh id. Rollouts of the same ``near``, a group's id say, lie in the same shard, if there are several:
+        what is queued, waited for and read together then takes one message and not one for each.
+        """
+        return new_id("ro")
+
     async def enqueue_rollout(
         self,
         input: TaskInput,

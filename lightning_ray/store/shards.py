@@ -65,6 +65,12 @@ class ShardedStore(Store):
     def actors(self) -> list[Any]:
         return [actor for shard in self.shards for actor in shard.actors]
 
+    def new_rollout_id(self, near: str | None = None) -> str:
+        rollout_id = super().new_rollout_id()
+        while near is not None and self._shard(rollout_id) != self._shard(near):
+            rollout_id = super().new_rollout_id()
+        return rollout_id
+
     async def dequeue_many_rollouts(
         self,
         *,
