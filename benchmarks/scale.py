@@ -161,6 +161,7 @@ def draw(points: Sequence[Figures], path: Path) -> None:
     costs.set(xlabel="rollouts at once", ylabel="CPU ms a rollout", ylim=0)
     for axes in (rates, costs):
         axes.legend(frameon=False)
+        axes.set_xticks(at_once, [f"{number // 1000}k" for number in at_once])
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -88,7 +88,8 @@ class Need(NamedTuple):
 
 
 def costs_of(figures: Mapping[str, Any]) -> Costs:
-    """From the JSON of a full run: CPU at 10,000 through Ray, memory from the difference between 10,000 and 1,000.
+    """From the JSON of a full run: the store's CPU at 10,000 through Ray, the others' most at 10,000 with any number of
+    shards and nodes; memory from the difference between 10,000 and 1,000.
 
     At 1,000 nearly every message carries one thing: what it costs there, and what Ray adds, is ``store_alone_ms``.
     """
@@ -105,7 +106,10 @@ def costs_of(figures: Mapping[str, Any]) -> Costs:
     return Costs(
         remote[store],
         few[store] + max(0.0, remote[store] - many[store]),
-        *(remote[f"{part}_cpu_ms_per_rollout"] for part in ("compaction", "driver", "runners", "raylets")),
+        *(
+            max(point[f"{part}_cpu_ms_per_rollout"] for point in points if _concurrency(point) == _concurrency(many))
+            for part in ("compaction", "driver", "runners", "raylets")
+        ),
         *((many[f"{part}_pss_mb"] - few[f"{part}_pss_mb"]) / more * 1e3 for part in ("store", "driver", "runners")),
     )
 

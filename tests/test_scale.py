@@ -109,17 +109,17 @@ def point(concurrency: int, line: bool = True, **more: Any) -> dict[str, Any]:
     return {"concurrency": concurrency, "shards": 1, "nodes": 1, "line": line, **memory, **cpu, **more}
 
 
-def test_costs_are_those_through_ray_and_memory_is_what_more_rollouts_took() -> None:
+def test_costs_are_the_most_at_10_000_and_memory_is_what_more_rollouts_took() -> None:
     points = [
         point(1000, store_cpu_ms_per_rollout=4.0),
         point(3000),
         point(10_000),
         point(20_000),
-        point(10_000, shards=2),
+        point(10_000, shards=2, driver_cpu_ms_per_rollout=2.5),
         point(10_000, line=False),
     ]
     costs = costs_of({"points": points})
-    assert (costs.store_ms, costs.store_alone_ms, costs.driver_ms, costs.runner_ms) == (2.0, 5.0, 2.0, 2.0)
+    assert (costs.store_ms, costs.store_alone_ms, costs.driver_ms, costs.runner_ms) == (2.0, 5.0, 2.5, 2.0)
     assert costs.store_kb == pytest.approx(10.0)
     with pytest.raises(ConfigError, match="of a full"):
         costs_of({"points": points[:4]})
