@@ -88,7 +88,7 @@ async def test_a_small_run_is_placed_or_refused_at_once(cluster: Any) -> None:
 
 
 async def test_room_is_waited_for_until_a_node_is_added(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(room, "GRACE_SECONDS", -1.0)
     wanted = Ask("runner", 3, ({"CPU": 1},), {ROLE_LABEL: "runner"})
     view = View(nodes_now(), [NodeType("runners", {"CPU": 4}, {ROLE_LABEL: "runner"}, 2)])
     notes: list[str] = []
