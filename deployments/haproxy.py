@@ -34,7 +34,7 @@ for argument in "$@"; do
     case "$argument" in
     *.cfg)
         sed -i 's/bind \\*:/bind 127.0.0.1:/; s/bind :/bind 127.0.0.1:/' "$argument"
-        grep -q use_backend "$argument" || sed -i 's/return status 404/return status 503/' "$argument"
+        grep -q '^ *use_backend' "$argument" || sed -i 's/return status 404/return status 503/' "$argument"
         ;;
     esac
 done

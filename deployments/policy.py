@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.compute as pc
 from ray import serve
 
+from deployments.handlers import handlers_kept
 from deployments.lifetime import CHECK_SECONDS, end_with
 from lightning_ray.capture.audience import POLICY
 from lightning_ray.capture.conversations import Attempt, Conversations
@@ -86,13 +87,14 @@ class Policy:
 
     async def __serve_build_asgi_app__(self) -> CaptureEdge:
         """Start the engine and wrap vLLM's own app."""
-        from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.entrypoints.launchers.api_server.app_state import init_app_state
-        from vllm.entrypoints.launchers.app import build_app
-        from vllm.entrypoints.launchers.cli_args import make_arg_parser
-        from vllm.usage.usage_lib import UsageContext
-        from vllm.utils.argparse_utils import FlexibleArgumentParser
-        from vllm.v1.engine.async_llm import AsyncLLM
+        with handlers_kept():
+            from vllm.engine.arg_utils import AsyncEngineArgs
+            from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+            from vllm.entrypoints.launchers.app import build_app
+            from vllm.entrypoints.launchers.cli_args import make_arg_parser
+            from vllm.usage.usage_lib import UsageContext
+            from vllm.utils.argparse_utils import FlexibleArgumentParser
+            from vllm.v1.engine.async_llm import AsyncLLM
 
         from lightning_ray.policy.canary_scheduler import with_canaries_first
 

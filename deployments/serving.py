@@ -19,6 +19,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
+from deployments.handlers import handlers_kept
 from lightning_ray.capture.refusal import refuse
 from lightning_ray.config import EngineSettings
 from lightning_ray.errors import ConfigError, SwapError
@@ -68,13 +69,14 @@ class ServedModel:
 
     async def __serve_build_asgi_app__(self) -> KeyGuard:
         """Start the engine, have it prove its weights, and put the key before vLLM's own app."""
-        from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.entrypoints.launchers.api_server.app_state import init_app_state
-        from vllm.entrypoints.launchers.app import build_app
-        from vllm.entrypoints.launchers.cli_args import make_arg_parser
-        from vllm.usage.usage_lib import UsageContext
-        from vllm.utils.argparse_utils import FlexibleArgumentParser
-        from vllm.v1.engine.async_llm import AsyncLLM
+        with handlers_kept():
+            from vllm.engine.arg_utils import AsyncEngineArgs
+            from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+            from vllm.entrypoints.launchers.app import build_app
+            from vllm.entrypoints.launchers.cli_args import make_arg_parser
+            from vllm.usage.usage_lib import UsageContext
+            from vllm.utils.argparse_utils import FlexibleArgumentParser
+            from vllm.v1.engine.async_llm import AsyncLLM
 
         from lightning_ray.policy.engine_arguments import engine_arguments
 

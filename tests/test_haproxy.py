@@ -75,7 +75,10 @@ class Door:
         return True
 
 
-@pytest.mark.parametrize(("rules", "status"), [("", 503), ("use_backend known if { path_beg /known }", 404)])
+@pytest.mark.parametrize(
+    ("rules", "status"),
+    [("", 503), ("# mirrors the use_backend rules below", 503), ("use_backend known if { path_beg /known }", 404)],
+)
 def test_a_door_that_knows_no_application_yet_cannot_answer_and_ends_with_its_keeper(
     tmp_path: Path, rules: str, status: int
 ) -> None:
