@@ -33,7 +33,7 @@ ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 @dataclass(frozen=True)
 class Job:
-    """One job. ``reward`` is that of its last step; times are seconds since the epoch."""
+    """One job. ``reward`` is that of its last step; ``started`` is in seconds since the epoch."""
 
     id: str
     state: str
@@ -43,6 +43,8 @@ class Job:
     steps: int | None = None
     reward: float | None = None
     resumes: str | None = None
+    message: str | None = None
+    """What Ray says of its state."""
 
     @property
     def run(self) -> str:
@@ -158,6 +160,7 @@ class Jobs:
             None if steps is None else int(steps),
             None if reward in (None, "-") else float(reward),
             (info.metadata or {}).get(RESUMES),
+            info.message,
         )
 
 
