@@ -148,6 +148,7 @@ class Chaos:
             steps = len(scene.steps()) + FIRST_STEPS
             driver = self._start(steps, nodes.address, resume=True)
             await self._goes_on(scene, driver, resumed=True)
+            scene.probe.detach()  # the store is closed with the run
             await self._left_on(scene)
             await scene.until(lambda: ended(driver), "the run has ended", LIMIT_SECONDS)
             scene.close()
