@@ -33,6 +33,7 @@ from lightning_ray.machine import end_processes, environment
 from lightning_ray.mirror.place import url_of
 from lightning_ray.net import free_port
 from lightning_ray.placement.asks import Wanted
+from lightning_ray.placement.heard import check_heard
 from lightning_ray.placement.places import Places
 from lightning_ray.placement.room import make_room
 from lightning_ray.placement.settings import Placement
@@ -144,14 +145,14 @@ class Cluster:
     async def make_room(self, wanted: Wanted, note: Callable[[str], None], seen: Mapping[str, Path]) -> None:
         """Find out where the run's parts go; returns once there is room for them.
 
-        Raises ConfigError if they have no place, or if nodes of trainer ranks and replicas do not see the folders in
-        ``seen``, which go by what they are.
+        Raises ConfigError if they have no place, if agents would not reach the policy, or if nodes of trainer ranks and
+        replicas do not see the folders in ``seen``, which go by what they are.
         """
         view = await in_thread(look, not self.owned)
         self.places = Places(self.places.placement, view.labels())
-        asks = wanted.asks(self.places.placement, view.labels())
+        asks, here = wanted.asks(self.places.placement, view.labels()), ray_node_id()
+        check_heard(wanted.engines.values(), asks, view.grown(1), here)
         await make_room(asks, view, self.places.placement.wait_seconds, note)
-        here = ray_node_id()
         readers = [ask for ask in asks if ask.role in ("trainer", "policy")]
         for what, folder in seen.items() if readers else ():
             if url_of(folder) is not None:  # other nodes get it from there

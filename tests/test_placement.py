@@ -13,6 +13,7 @@ from lightning_ray.config import EngineSettings, build
 from lightning_ray.errors import ConfigError
 from lightning_ray.launch import Launch
 from lightning_ray.placement.asks import Ask, Wanted
+from lightning_ray.placement.heard import check_heard
 from lightning_ray.placement.packing import missing
 from lightning_ray.placement.places import Places
 from lightning_ray.placement.room import check
@@ -194,3 +195,26 @@ def test_a_ray_of_ones_own_counts_as_many_cpus_as_the_run_takes() -> None:
     wanted = Wanted({"policy": EngineSettings(max_replicas=3)}, {"policy": 2}, runners=2, most_runners=40)
     assert wanted.cpus(Placement()) == 3 + 2 + 20
     assert lr.Placement is Placement
+
+
+def test_a_policy_on_loopback_is_refused_where_runners_may_be_elsewhere() -> None:
+    def on(address: str, name: str, labels: dict[str, str] | None = None, cpus: float = 4) -> Node:
+        return Node(address, {"CPU": cpus}, {"CPU": cpus}, labels or {}, name)
+
+    head, same, other = on("10.0.0.1", "a", HEAD), on("10.0.0.1", "b", RUNNER), on("10.0.0.2", "c", RUNNER)
+    wanted = Wanted(engines={"only": EngineSettings()}, ranks={"only": 1}, runners=1)
+
+    def check_of(*nodes: Node, engine: EngineSettings | None = None) -> None:
+        asks = wanted.asks(Placement(), [each.labels for each in nodes])
+        check_heard([engine or EngineSettings()], asks, nodes, "a")
+
+    check_of(head)
+    check_of(head, same)
+    check_of(head, on("10.0.0.2", "c", RUNNER, cpus=0))
+    check_of(head, same, on("10.0.0.2", "c", GPU))
+    check_of(head, other, engine=EngineSettings(host="0.0.0.0"))
+    for host in ("127.0.0.1", "localhost", "::1"):
+        with pytest.raises(
+            ConfigError, match=r"engine\.host='.*' is heard on this node \(10\.0\.0\.1\) alone, .* 10\.0\.0\.2"
+        ):
+            check_of(head, other, engine=EngineSettings(host=host))

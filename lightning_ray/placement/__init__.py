@@ -6,6 +6,7 @@ view      what the cluster has: nodes, what is free, what the autoscaler could a
 packing   whether the asks have a place; a pure function over both
 refusal   the message when they have not
 room      looks, waits for room with a deadline, or refuses
+heard     whether agents on other nodes reach the policy
 unseen    which nodes do not see a folder
 """
 

@@ -1,0 +1,45 @@
+"""Whether agents on other nodes reach the policy, which listens at the driver's node."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable, Sequence
+
+from lightning_ray.config import EngineSettings
+from lightning_ray.errors import ConfigError
+from lightning_ray.placement.asks import Ask
+from lightning_ray.placement.settings import matches
+from lightning_ray.placement.view import Node
+
+
+def check_heard(engines: Iterable[EngineSettings], asks: Sequence[Ask], nodes: Sequence[Node], here: str) -> None:
+    """Raises ConfigError if an engine listens on loopback alone and runners may go to nodes with another address.
+
+    ``here`` is this node's id. Simulated nodes of one machine have one address.
+    """
+    deaf = next((engine.host for engine in engines if is_loopback(engine.host)), None)
+    own = next((node.address for node in nodes if node.node_id == here), None)
+    elsewhere = [
+        node.address
+        for node in nodes
+        if node.address != own
+        and any(
+            matches(node.labels, ask.selector) and all(node.total.get(k, 0.0) >= v for k, v in ask.bundles[0].items())
+            for ask in asks
+            if ask.role == "runner"
+        )
+    ]
+    if deaf is not None and own is not None and elsewhere:
+        raise ConfigError(
+            f"engine.host={deaf!r} is heard on this node ({own}) alone, and runners may go to {', '.join(elsewhere)}: "
+            "set engine.host='0.0.0.0' where the nodes' network is private, or keep runners here by "
+            "placement.runner.label"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is of this machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
