@@ -1,4 +1,5 @@
-"""Starts a Ray with a job server, submits a command to it, and prints what came of it as JSON.
+"""Starts a Ray with a job server, submits a training, stops it, loses its disk, resumes it, and prints as JSON what
+came of it.
 
 A process of its own: one that has used gRPC forks badly, and Ray's clients keep its state in the process.
 """
@@ -6,20 +7,27 @@ A process of its own: one that has used gRPC forks badly, and Ray's clients keep
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import ray
 from ray import serve
-from ray.job_submission import JobStatus, JobSubmissionClient
 from ray.util.state import list_actors
+
+from lightning_ray.jobs import Job, Jobs
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SECONDS = 240
+SETTINGS = {"steps": 12, "ranks": 1, "checkpoint_every": 99}
 
 
-def main(temp: str, command: str) -> None:
+def main(temp: str, folder: str) -> None:
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     context = ray.init(
         "local",
         num_cpus=16,
@@ -29,21 +37,30 @@ def main(temp: str, command: str) -> None:
         _temp_dir=temp,
         log_to_driver=False,
     )
-    client = JobSubmissionClient(f"http://{context.dashboard_url}")
-    excludes = [".git", ".venv", "runs"]
-    job = client.submit_job(entrypoint=command, runtime_env={"working_dir": str(ROOT), "excludes": excludes})
-    deadline = time.monotonic() + SECONDS
-    ended = {JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED}
-    while client.get_job_status(job) not in ended and time.monotonic() < deadline:
-        time.sleep(1)
+    jobs = Jobs(f"http://{context.dashboard_url}")
+    arguments = ["tests/e2e/script.py", "--runs-dir", f"file://{folder}/remote"]
+    for name, value in SETTINGS.items():
+        arguments += ["--set", f"algorithm.{name}={value}"]
+    first = jobs.submit([*arguments, "--", "one_word"], ROOT, {"LIGHTNING_RAY_CACHE": f"{folder}/cache"})
+    wait(jobs, first, lambda job: job.step is not None)
+    jobs.stop(first)
+    shutil.rmtree(f"{folder}/cache")
+    second = jobs.resume(first, ROOT)
+    wait(jobs, second, lambda job: job.ended)
     result = {
-        "status": str(client.get_job_status(job).value),
-        "logs": client.get_job_logs(job),
+        "jobs": [asdict(job) for job in jobs.all()],
+        "logs": [jobs.logs(first), jobs.logs(second)],
         "actors": [actor.class_name for actor in list_actors(filters=[("state", "=", "ALIVE")])],
         "applications": list(serve.status().applications),
     }
     print(json.dumps(result))
     ray.shutdown()
+
+
+def wait(jobs: Jobs, job: str, over: Callable[[Job], bool]) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not (over(known := jobs.get(job)) or known.ended) and time.monotonic() < deadline:
+        time.sleep(1)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The same script as a submitted Ray job, on a Ray that is there before and after it."""
+"""A run as a submitted Ray job, on a Ray that is there before and after it: stopped, and resumed from its URL."""
 
 from __future__ import annotations
 
@@ -10,26 +10,38 @@ from pathlib import Path
 
 import pytest
 
+from lightning_ray.store import open_folder
+
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-def test_a_submitted_job_trains_and_takes_its_own_things_away(tmp_path: Path) -> None:
-    train = f"{sys.executable} -m lightning_ray.cli train tests/e2e/script.py --runs-dir {tmp_path}"
-    train += " --set algorithm.steps=2 --set algorithm.ranks=1 -- one_word"
+def test_a_job_is_stopped_and_resumed_elsewhere_and_takes_its_own_things_away(tmp_path: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="lr-job-", dir="/tmp", ignore_cleanup_errors=True) as temp:
         submitted = subprocess.run(
-            [sys.executable, "-m", "tests.e2e.submit", temp, train],
+            [sys.executable, "-m", "tests.e2e.submit", temp, str(tmp_path)],
             cwd=ROOT,
             capture_output=True,
             text=True,
-            timeout=400,
+            timeout=500,
         )
     assert submitted.returncode == 0, submitted.stderr
     result = json.loads(submitted.stdout.splitlines()[-1])
-    assert result["status"] == "SUCCEEDED", result["logs"]
-    assert "step 2/2" in result["logs"]
-    summary = json.loads((tmp_path / "tiny" / "summary.json").read_text())
-    assert summary["steps"] == 2 and summary["swaps_proved"] == summary["swaps"]
+    first, second = result["jobs"]
+    assert (first["state"], second["state"]) == ("STOPPED", "SUCCEEDED"), result["logs"]
+    assert second["resumes"] == first["id"] and 0 < first["step"] < second["step"] == second["steps"] == 12
+    assert f"stopped after step {first['step']}, with a checkpoint" in result["logs"][0]
+    assert all("\x1b" not in log and "Traceback" not in log for log in result["logs"]), result["logs"]
     assert result["applications"] == []
     assert not {"RunnerActor", "SpanStoreActor", "PolicyTrainer"} & set(result["actors"]), result["actors"]
+
+    run = tmp_path / "remote" / "tiny"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(12))
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == 12 and summary["swaps_proved"] == summary["swaps"]
+    owner = json.loads((run / "owner.json").read_text())
+    assert (owner["job"], owner["ended"]) == (second["id"], True)
+    settled = [json.loads(line) for line in (run / "steps.jsonl").read_text().splitlines()]
+    played = [rollout for line in settled for _, members in line["groups"] for rollout in members]
+    assert set(open_folder(run / "store").scan_spans(played)["rollout_id"].to_pylist()) == set(played)
