@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import tomllib
+from collections.abc import Iterator
+
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.cluster_file import ROOT
 from tests.dockerfile import Stage, in_context, stages_of
@@ -86,3 +91,27 @@ def test_the_build_s_context_is_what_is_copied(path: str, reaches: bool) -> None
 def test_the_python_is_that_of_the_pins() -> None:
     [system] = [stage for stage in stages_of(TEXT) if stage.name == "system"]
     assert system.base.startswith("python:3.11-") and "Python 3.11" in (ROOT / "requirements/gpu.txt").read_text()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_environment_has_what_the_package_asks_for(kind: str) -> None:
+    lines = (line.split("==") for line in (ROOT / f"requirements/{kind}.txt").read_text().split() if "==" in line)
+    pins = {canonicalize_name(name): version for name, version in lines}
+    missing = [
+        str(wanted)
+        for wanted in wanted_by(kind)
+        if not wanted.specifier.contains(pins.get(canonicalize_name(wanted.name), "0"), prereleases=True)
+    ]
+    assert missing == []
+
+
+def wanted_by(kind: str) -> Iterator[Requirement]:
+    """The package's requirements with the extra of that name, those of extras within included."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    left = [*project["dependencies"], f"lightning-ray[{kind}]"]
+    while left:
+        requirement = Requirement(left.pop())
+        if requirement.name == project["name"]:
+            left += [each for extra in requirement.extras for each in project["optional-dependencies"][extra]]
+        else:
+            yield requirement
