@@ -31,6 +31,7 @@ from benchmarks.report import show
 from benchmarks.scale_point import Figures, Point, Window, measure
 from benchmarks.scale_ray import ray_of
 from benchmarks.store import Goal, circumstances
+from lightning_ray.errors import ConfigError
 
 GOALS = (
     Goal("rollouts_per_s_10k_concurrent", 300, least=True),
@@ -73,7 +74,10 @@ def main() -> None:
     if given.plan is not None:
         from benchmarks.scale_plan import main as plan
 
-        plan(given.plan)
+        try:
+            plan(given.plan)
+        except ConfigError as error:
+            sys.exit(str(error))
         return
     logging.getLogger("actors.runner_pool").setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
