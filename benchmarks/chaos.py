@@ -37,7 +37,7 @@ from benchmarks.chaos_train import data, make_model
 from benchmarks.chaos_watch import HANG_SECONDS, Scene
 from benchmarks.report import show
 from benchmarks.store import Goal, bar, circumstances
-from lightning_ray.run_folder import RunFolder
+from lightning_ray.run.folder import RunFolder
 
 GOALS = (
     Goal("recovery_s.runner", 5),

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from benchmarks.chaos_agent import read_notes
-from lightning_ray.run_folder import RunFolder
+from lightning_ray.run.folder import RunFolder
 from lightning_ray.store import open_folder
 from lightning_ray.types import TERMINAL_ROLLOUT, Attempt, Rollout
 

@@ -17,7 +17,7 @@ from ray import serve
 
 from benchmarks.chaos_agent import read_notes
 from benchmarks.chaos_cluster import Driver, Nodes
-from lightning_ray.run_folder import RunFolder
+from lightning_ray.run.folder import RunFolder
 from lightning_ray.store.client import StoreClient
 from lightning_ray.store.schema import spans_to_batch
 from lightning_ray.threads import in_thread

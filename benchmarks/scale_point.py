@@ -29,7 +29,7 @@ from lightning_ray.algorithms.flow import Group, GroupFlow
 from lightning_ray.algorithms.group_player import GroupPlayer
 from lightning_ray.cluster import LEASE_SECONDS
 from lightning_ray.config import RunnerSettings
-from lightning_ray.run_rollouts import RunRollouts
+from lightning_ray.run.rollouts import RunRollouts
 from lightning_ray.store import ShardedStore, Store, StoreClient
 from lightning_ray.types import EnqueueRolloutRequest, RolloutMode
 

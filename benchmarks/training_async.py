@@ -33,8 +33,8 @@ from lightning_ray.algorithms.loop import TrainingLoop
 from lightning_ray.cluster import Cluster
 from lightning_ray.config import EngineSettings, RunnerSettings
 from lightning_ray.progress import Reporter
-from lightning_ray.run import Run
-from lightning_ray.run_folder import RunFolder
+from lightning_ray.run.folder import RunFolder
+from lightning_ray.run.run import Run
 from tests.e2e.tiny import WORDS, make_tiny_model
 
 MEDIAN_SECONDS = 0.5

@@ -35,8 +35,8 @@ from lightning_ray.cluster import Cluster
 from lightning_ray.config import EngineSettings, RunnerSettings
 from lightning_ray.policy.transfer import MOST_CHUNKS
 from lightning_ray.progress import Reporter
-from lightning_ray.run import Run
-from lightning_ray.run_folder import RunFolder
+from lightning_ray.run.folder import RunFolder
+from lightning_ray.run.run import Run
 
 GOALS = (Goal("swap_over_apply_ratio", 1.4), Goal("swap_ms_tiny", 60))
 SIZES = {

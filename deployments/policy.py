@@ -37,7 +37,7 @@ from lightning_ray.policy.engine_load import EngineLoad
 from lightning_ray.policy.loaded import Loaded
 from lightning_ray.policy.phases import Phases
 from lightning_ray.policy.proof import CANARY, max_difference
-from lightning_ray.run_state import ONLY
+from lightning_ray.run.state import ONLY
 from lightning_ray.store.schema import spans_to_batch
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from lightning_ray.errors import ConfigError, SwapError
 from lightning_ray.evaluation.subject import Subject, subject_of
 from lightning_ray.policy.loaded import Loaded, loaded_from
 from lightning_ray.policy.proof import CANARY, max_difference
-from lightning_ray.run_state import ONLY
+from lightning_ray.run.state import ONLY
 from lightning_ray.serving import policy_options
 
 KEY_VARIABLE = "LIGHTNING_RAY_API_KEY"

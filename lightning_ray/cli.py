@@ -8,16 +8,16 @@ import runpy
 import sys
 from pathlib import Path
 
-from lightning_ray.dashboards_command import add_dashboards_command, dashboards
-from lightning_ray.doctor_command import add_doctor_command, doctor
+from lightning_ray.commands.dashboards import add_dashboards_command, dashboards
+from lightning_ray.commands.doctor import add_doctor_command, doctor
+from lightning_ray.commands.eval import add_eval_command, evaluate_command
+from lightning_ray.commands.export import add_export_command, export_command
+from lightning_ray.commands.jobs import add_job_commands, job_command
+from lightning_ray.commands.replay import add_replay_command, replay
+from lightning_ray.commands.spans import add_spans_command, spans
+from lightning_ray.commands.traces import add_traces_command, traces
 from lightning_ray.errors import ConfigError, LightningRayError
-from lightning_ray.eval_command import add_eval_command, evaluate_command
-from lightning_ray.export_command import add_export_command, export_command
-from lightning_ray.jobs_command import add_job_commands, job_command
 from lightning_ray.launch import Launch, launched, parse_setting
-from lightning_ray.replay_command import add_replay_command, replay
-from lightning_ray.spans_command import add_spans_command, spans
-from lightning_ray.traces_command import add_traces_command, traces
 
 INTERRUPTED = 130
 READING = {

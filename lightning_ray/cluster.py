@@ -27,7 +27,6 @@ from lightning_ray.config import EngineSettings, RunnerSettings
 from lightning_ray.deaths import Death
 from lightning_ray.deaths.watch import DeathWatch
 from lightning_ray.errors import ConfigError, InfrastructureError
-from lightning_ray.events import Events
 from lightning_ray.hooks import Hook
 from lightning_ray.machine import end_processes, environment
 from lightning_ray.mirror.place import url_of
@@ -44,7 +43,8 @@ from lightning_ray.policy.settings import UpdateSettings
 from lightning_ray.policy.swap import PolicySwapper
 from lightning_ray.policy.transfer import Replicas, transfer_of
 from lightning_ray.relay.settings import Upstream
-from lightning_ray.run_state import ONLY
+from lightning_ray.run.events import Events
+from lightning_ray.run.state import ONLY
 from lightning_ray.scratch import Scratch
 from lightning_ray.serving import answers_of, deployed, policy_options, serve_address, start_serve, within
 from lightning_ray.stopping import sigterm_kept

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from lightning_ray.errors import ConfigError
 from lightning_ray.policy.model_folder import PROGRESS, STATE, tokenizer_hash
-from lightning_ray.run_folder import RunFolder
+from lightning_ray.run.folder import RunFolder
 from lightning_ray.store.view import open_folder
 from lightning_ray.trajectories.episode import Episode, last_attempts, read_episodes
 from lightning_ray.types import Attempt, Rollout

@@ -255,8 +255,8 @@ class Trainer:
         from lightning_ray.mirror.mirror import Mirror
         from lightning_ray.mirror.taking_up import take_up
         from lightning_ray.progress import Reporter
-        from lightning_ray.run import Run
-        from lightning_ray.run_folder import RunFolder, write_json
+        from lightning_ray.run.folder import RunFolder, write_json
+        from lightning_ray.run.run import Run
 
         check_agent(agent)
         if self.algorithm is None:

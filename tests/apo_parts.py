@@ -15,7 +15,7 @@ from rich.console import Console
 
 import lightning_ray as lr
 from lightning_ray.progress import Reporter
-from lightning_ray.run_folder import RunFolder
+from lightning_ray.run.folder import RunFolder
 from lightning_ray.store import LocalStoreClient, SpanStore
 from lightning_ray.trackers import Trackers
 

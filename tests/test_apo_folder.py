@@ -13,7 +13,7 @@ import pytest
 import lightning_ray as lr
 from lightning_ray.algorithms.apo.report import changes
 from lightning_ray.errors import InfrastructureError
-from lightning_ray.run_folder import RunFolder
+from lightning_ray.run.folder import RunFolder
 from tests.apo_parts import SEED, in_folder, search
 from tests.scripted_model import ScriptedModel, wishes
 from tests.test_apo import SMALL, TRAIN, VAL, state_of

@@ -13,7 +13,7 @@ from lightning_ray.capture.call import current_request
 from lightning_ray.capture.edge import Limits
 from lightning_ray.errors import InfrastructureError, StoreError
 from lightning_ray.semconv import CLIENT_SPAN
-from lightning_ray.trace_ids import to_header, trace_id_of
+from lightning_ray.traces.ids import to_header, trace_id_of
 from tests.capture_client import CHAT, Client, bearer, operator, respond, sampling
 
 AT = "/rollout/ro-1/attempt/at-1"

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.chaos_agent import write_note
 from benchmarks.chaos_checks import check, noise
-from lightning_ray.run_folder import RunFolder
+from lightning_ray.run.folder import RunFolder
 from lightning_ray.store import LocalStoreClient, SpanStore
 from lightning_ray.store.schema import spans_to_batch
 

@@ -14,7 +14,7 @@ import pytest
 
 import lightning_ray as lr
 from lightning_ray.programs.outcome import PROGRAM_SPAN, Outcome
-from lightning_ray.trace_ids import trace_id_of
+from lightning_ray.traces.ids import trace_id_of
 from tests.command_agents import RESOURCES, play, python, sh
 
 PRINT_ENVIRONMENT = "import json, os; print(json.dumps(dict(os.environ)))"

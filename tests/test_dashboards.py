@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from lightning_ray.cli import main
-from lightning_ray.dashboards_command import ALERTS, DASHBOARD, shipped, with_rules
+from lightning_ray.commands.dashboards import ALERTS, DASHBOARD, shipped, with_rules
 from lightning_ray.errors import ConfigError
 from lightning_ray.metrics.catalogue import METRICS
 

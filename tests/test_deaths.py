@@ -14,14 +14,14 @@ import pytest
 from rich.console import Console
 
 from lightning_ray.cluster import no_ray
+from lightning_ray.commands.doctor_events import show_events
 from lightning_ray.deaths import Death, Process, death_of, told_of
 from lightning_ray.deaths.evidence import Evidence, gather, log_end
 from lightning_ray.deaths.exits import Exits, in_words
 from lightning_ray.deaths.told import Told
 from lightning_ray.deaths.watch import role_of, untold
-from lightning_ray.doctor_events import show_events
 from lightning_ray.errors import TrainersLostError
-from lightning_ray.events import Events, read_events
+from lightning_ray.run.events import Events, read_events
 
 WORDLESS = (
     "Worker exit type: SYSTEM_ERROR Worker exit detail: Worker unexpectedly exits with a connection error code 2. E"

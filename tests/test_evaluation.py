@@ -19,7 +19,7 @@ from lightning_ray.evaluation.report import EvaluationReport, read_report
 from lightning_ray.evaluation.settings import EvaluationSettings
 from lightning_ray.evaluation.subject import subject_of
 from lightning_ray.relay.spend import Spend
-from lightning_ray.run_folder import RunFolder
+from lightning_ray.run.folder import RunFolder
 from lightning_ray.semconv import MODEL_CALL_NAMES, SUPERSEDED_SPAN
 from lightning_ray.store.schema import spans_to_batch
 from lightning_ray.trajectories.episode import Episode

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from lightning_ray.cli import main, parser
+from lightning_ray.commands.jobs import show, training_arguments, variable
 from lightning_ray.errors import ConfigError
 from lightning_ray.jobs import STEP, Job, check_runs_dir, resuming, training
-from lightning_ray.jobs_command import show, training_arguments, variable
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from lightning_ray import lateness as lateness_module
-from lightning_ray.lateness import Lateness, replicas_at_work, rollouts_at_work, runners_at_work
-from lightning_ray.phases import PhaseClock
+from lightning_ray.run import lateness as lateness_module
+from lightning_ray.run.lateness import Lateness, replicas_at_work, rollouts_at_work, runners_at_work
+from lightning_ray.run.phases import PhaseClock
 from lightning_ray.store import LocalStoreClient, SpanStore
 from lightning_ray.types import EnqueueRolloutRequest
 from lightning_ray.waiting import oldest_wait, open_waits, waiting

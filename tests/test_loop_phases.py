@@ -10,9 +10,9 @@ import pytest
 from lightning_ray.algorithms.flow import Group
 from lightning_ray.algorithms.grpo import GRPO
 from lightning_ray.algorithms.loop import TrainingLoop
-from lightning_ray.phases import PhaseClock
-from lightning_ray.run_state import ONLY, RunState
-from lightning_ray.step_figures import StepTimes
+from lightning_ray.run.phases import PhaseClock
+from lightning_ray.run.state import ONLY, RunState
+from lightning_ray.run.step_figures import StepTimes
 from lightning_ray.stopping import Stop
 from lightning_ray.trajectories.account import Account, settle
 from lightning_ray.trajectories.episode import Episode

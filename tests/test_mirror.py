@@ -30,7 +30,7 @@ from lightning_ray.mirror.nodes import hand_over, present
 from lightning_ray.mirror.pull import everything, fetched, pull
 from lightning_ray.mirror.remote import RemoteFolder
 from lightning_ray.mirror.taking_up import take_up
-from lightning_ray.run_folder import RunFolder
+from lightning_ray.run.folder import RunFolder
 from lightning_ray.store import SpanStore, open_folder
 from tests.store_folders import BY_HAND, run
 
@@ -347,7 +347,7 @@ def test_a_run_that_is_worked_on_is_refused_with_the_name_of_who_does(tmp_path: 
 def test_a_process_that_died_has_no_claim(tmp_path: Path) -> None:
     path = tmp_path / "sql"
     code = "import sys, os; from pathlib import Path; from lightning_ray.mirror.taking_up import take_up\n"
-    code += "from lightning_ray.run_folder import RunFolder\n"
+    code += "from lightning_ray.run.folder import RunFolder\n"
     code += "take_up(RunFolder(Path(sys.argv[1])), False, print); os._exit(9)"
     subprocess.run([sys.executable, "-c", code, str(path)], check=False, timeout=60)
     assert not Owner(**json.loads((path / RECORD).read_text())).ended

@@ -15,7 +15,7 @@ from lightning_ray.algorithms.base import NotAttachedError
 from lightning_ray.algorithms.over_store import run_algorithm
 from lightning_ray.algorithms.session import TrainingSession
 from lightning_ray.launch import Launch, launched
-from lightning_ray.run_folder import RunFolder
+from lightning_ray.run.folder import RunFolder
 from lightning_ray.trajectories.episode import Episode
 from lightning_ray.trajectories.join import ModelCall, join_calls
 from lightning_ray.types import Rollout

@@ -14,23 +14,23 @@ from lightning_ray.algorithms.flow import Group
 from lightning_ray.algorithms.loop import TrainingLoop, all_of
 from lightning_ray.algorithms.policies import shared_name
 from lightning_ray.capture.audience import audience_of
+from lightning_ray.commands.doctor import read_facts
 from lightning_ray.config import EngineSettings
-from lightning_ray.doctor_command import read_facts
 from lightning_ray.emit import reward_attributes
 from lightning_ray.errors import ConfigError, TrainersLostError
 from lightning_ray.launch import Launch
 from lightning_ray.machine import check_memory
-from lightning_ray.policy_folder import folder_of, settings_in
-from lightning_ray.policy_rows import by_policy, policies_in, rows_of
 from lightning_ray.replay.batch import rebuild
 from lightning_ray.replay.record import chain
 from lightning_ray.replay.settings import recorded, settings_of
-from lightning_ray.run_folder import RunFolder
-from lightning_ray.run_state import PolicyState, RunState
-from lightning_ray.step_figures import StepTimes
+from lightning_ray.run.folder import RunFolder
+from lightning_ray.run.policy_folder import folder_of, settings_in
+from lightning_ray.run.policy_rows import by_policy, policies_in, rows_of
+from lightning_ray.run.state import PolicyState, RunState
+from lightning_ray.run.step_figures import StepTimes
+from lightning_ray.run.summary import summarize
 from lightning_ray.stopping import Stop
 from lightning_ray.store import open_folder
-from lightning_ray.summary import summarize
 from lightning_ray.trajectories.account import Account, settle
 from lightning_ray.trajectories.doctor import examine
 from lightning_ray.trajectories.episode import Episode, read_episodes

@@ -16,7 +16,7 @@ from lightning_ray.replay.batch import read_step, rebuild, settle_again
 from lightning_ray.replay.comparison import compare, differing, tolerance_for
 from lightning_ray.replay.record import Beginning, StepRecord, beginning, chain, read_steps
 from lightning_ray.replay.settings import changed, model_folder, recorded, settings_of
-from lightning_ray.run_folder import RunFolder, write_json
+from lightning_ray.run.folder import RunFolder, write_json
 from lightning_ray.store import open_folder
 from lightning_ray.trajectories.account import batch_of, settle
 from lightning_ray.trajectories.episode import read_episodes

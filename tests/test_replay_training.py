@@ -18,8 +18,8 @@ pytest.importorskip("verl")
 from lightning_ray.algorithms.grpo import GRPO
 from lightning_ray.algorithms.loop import Played
 from lightning_ray.replay.trial import Request, Result, try_again
-from lightning_ray.run_folder import RunFolder, write_json
-from lightning_ray.run_state import ONLY
+from lightning_ray.run.folder import RunFolder, write_json
+from lightning_ray.run.state import ONLY
 from lightning_ray.store import open_folder
 from lightning_ray.trajectories.account import batch_of, settle
 from lightning_ray.trajectories.episode import read_episodes

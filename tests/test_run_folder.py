@@ -17,9 +17,9 @@ from lightning_ray.data import Epochs
 from lightning_ray.errors import ConfigError
 from lightning_ray.evaluation import evaluate
 from lightning_ray.progress import Reporter, advance, as_current, fitting, short_seconds, step_line
-from lightning_ray.run_folder import KEPT_CHECKPOINTS, RunFolder, write_json
-from lightning_ray.run_state import PolicyState, RunState
-from lightning_ray.summary import summarize, summary_table
+from lightning_ray.run.folder import KEPT_CHECKPOINTS, RunFolder, write_json
+from lightning_ray.run.state import PolicyState, RunState
+from lightning_ray.run.summary import summarize, summary_table
 from lightning_ray.trackers.jsonl import JsonlTracker
 from lightning_ray.trajectories.episode import Episode
 from lightning_ray.types import Rollout

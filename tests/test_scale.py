@@ -13,7 +13,7 @@ import pytest
 from benchmarks.scale_agent import TURNS, SimulatedAgent, Tasks
 from benchmarks.scale_plan import Costs, Deployment, costs_of, deployment_of, needs
 from lightning_ray.errors import ConfigError
-from lightning_ray.run_rollouts import read_ended
+from lightning_ray.run.rollouts import read_ended
 from lightning_ray.runner import Runner
 from lightning_ray.store import LocalStoreClient, SpanStore
 from lightning_ray.types import EnqueueRolloutRequest

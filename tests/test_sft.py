@@ -14,13 +14,13 @@ pytest.importorskip("transformers")
 import lightning_ray as lr
 from lightning_ray.algorithms.imitated import ImitatedRollouts
 from lightning_ray.algorithms.source import Played
-from lightning_ray.doctor_command import read_facts
+from lightning_ray.commands.doctor import read_facts
 from lightning_ray.policy.batch import read_batch
 from lightning_ray.policy.model_folder import STATE, tokenizer_hash
 from lightning_ray.progress import Reporter
 from lightning_ray.recorded import open_run, read_recorded
 from lightning_ray.replay import settings as replay_settings
-from lightning_ray.run_folder import RunFolder
+from lightning_ray.run.folder import RunFolder
 from lightning_ray.store import open_folder
 from lightning_ray.trajectories.doctor import examine
 from tests.test_conversations import CHATML, TALK

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lightning_ray.phases import PhaseClock, shares
 from lightning_ray.policy.proof import Proof
 from lightning_ray.policy.swap import Swap
-from lightning_ray.step_figures import (
+from lightning_ray.run.phases import PhaseClock, shares
+from lightning_ray.run.step_figures import (
     StepTimes,
     agents_of,
     length_figures,
@@ -21,8 +21,8 @@ from lightning_ray.step_figures import (
     swap_figures,
     time_figures,
 )
+from lightning_ray.run.summary import time_shares
 from lightning_ray.store.schema import SPAN_SCHEMA
-from lightning_ray.summary import time_shares
 from lightning_ray.trajectories.account import Account
 from lightning_ray.trajectories.episode import Episode
 from lightning_ray.trajectories.join import ModelCall, join_calls

@@ -17,8 +17,8 @@ import pytest
 from lightning_ray.algorithms.grpo import GRPO
 from lightning_ray.algorithms.loop import TrainingLoop
 from lightning_ray.job_id import this_job
-from lightning_ray.run_folder import RunFolder
-from lightning_ray.run_state import RunState
+from lightning_ray.run.folder import RunFolder
+from lightning_ray.run.state import RunState
 from lightning_ray.stopping import Stop, Stopped, seconds_given, sigterm_kept
 from lightning_ray.trainer import stoppable
 

@@ -16,16 +16,16 @@ from lightning_ray.algorithms.source import Played, Share
 from lightning_ray.capture.address import Caller
 from lightning_ray.capture.call import CapturedRequest, SampledSequence
 from lightning_ray.cli import main
-from lightning_ray.run_state import ONLY
+from lightning_ray.run.state import ONLY
 from lightning_ray.semconv import AGL_ANNOTATION, ATTEMPT_SPAN, DROPPED_SPAN, STEP_SPAN, TRAINED_SPAN
 from lightning_ray.store import LocalStoreClient, SpanStore
 from lightning_ray.store.base import Finish
 from lightning_ray.store.http.server import serve
 from lightning_ray.store.schema import spans_to_batch
 from lightning_ray.store.view import open_folder
-from lightning_ray.trace_ids import parent_in, root_id_of, to_header, trace_id_of
+from lightning_ray.traces.ids import parent_in, root_id_of, to_header, trace_id_of
+from lightning_ray.traces.training import StepTold, append_training_spans
 from lightning_ray.tracing import AttemptTrace, traced
-from lightning_ray.training_spans import StepTold, append_training_spans
 from lightning_ray.trajectories.account import Account
 from lightning_ray.trajectories.episode import Episode, read_episodes
 from lightning_ray.types import EnqueueRolloutRequest, Span
@@ -206,8 +206,8 @@ async def test_a_trace_reaches_a_collector_whole(
 
 
 def test_content_goes_along_if_it_is_asked_for(tmp_path: Path) -> None:
-    from lightning_ray.trace_export import TraceExport
-    from lightning_ray.traces_command import every_span
+    from lightning_ray.commands.traces import every_span
+    from lightning_ray.traces.export import TraceExport
 
     made = Recorded(tmp_path)
     asyncio.run(made.play())
@@ -220,8 +220,8 @@ def test_content_goes_along_if_it_is_asked_for(tmp_path: Path) -> None:
 def test_spans_of_any_form_are_sent(tmp_path: Path) -> None:
     from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 
-    from lightning_ray.trace_export import TraceExport
-    from lightning_ray.traces_command import every_span
+    from lightning_ray.commands.traces import every_span
+    from lightning_ray.traces.export import TraceExport
 
     made = Recorded(tmp_path)
     attributes = {"deep": {"a": [1, {"b": None}]}, "odd": {1: "x"}, "none": None, "mixed": [1, "x"]}
@@ -237,8 +237,8 @@ def test_spans_of_any_form_are_sent(tmp_path: Path) -> None:
 
 
 def test_a_step_has_a_trace_of_its_own_that_links_to_what_it_learned_from(recorded: Recorded) -> None:
-    from lightning_ray.trace_export import TraceExport
-    from lightning_ray.traces_command import every_span, figures_of
+    from lightning_ray.commands.traces import every_span, figures_of
+    from lightning_ray.traces.export import TraceExport
 
     view = open_folder(recorded.run / "store")
     export, figures = TraceExport("sql"), {3: figures_of({"reward": 0.5, "update.entropy": 1.5, "kind": "train"})}
@@ -255,7 +255,7 @@ def test_a_step_has_a_trace_of_its_own_that_links_to_what_it_learned_from(record
 def test_what_cannot_be_sent_is_said(
     recorded: Recorded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("lightning_ray.traces_command.REQUEST_SECONDS", 1.0)
+    monkeypatch.setattr("lightning_ray.commands.traces.REQUEST_SECONDS", 1.0)
     run = str(recorded.run)
     for arguments, message in (
         (["--endpoint", "http://127.0.0.1:9"], "collector at http://127.0.0.1:9/v1/traces did not take the spans: "),

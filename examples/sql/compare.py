@@ -21,7 +21,7 @@ from typing import Any
 import lightning_ray as lr
 from examples.sql.agent import sql_agent
 from examples.sql.task import make_tasks
-from lightning_ray.run_folder import RunFolder
+from lightning_ray.run.folder import RunFolder
 
 GROUP, PROMPTS = 8, 16
 ENGINE = lr.EngineSettings(max_model_len=256, max_num_seqs=128, kv_cache_memory_mb=64)

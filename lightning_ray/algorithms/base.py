@@ -20,7 +20,7 @@ from lightning_ray.errors import ConfigError, LightningRayError
 if TYPE_CHECKING:
     from lightning_ray.adapters.base import TraceAdapter
     from lightning_ray.relay.settings import Upstream
-    from lightning_ray.run import Run
+    from lightning_ray.run.run import Run
     from lightning_ray.store.base import Store
     from lightning_ray.trainer import Trainer
     from lightning_ray.types import Dataset, NamedResources

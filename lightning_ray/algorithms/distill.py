@@ -22,8 +22,8 @@ from lightning_ray.trajectories.settings import Keep
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from lightning_ray.phases import PhaseClock
-    from lightning_ray.run import Run
+    from lightning_ray.run.phases import PhaseClock
+    from lightning_ray.run.run import Run
     from lightning_ray.teacher import Teacher
     from lightning_ray.trajectories.account import Account
     from lightning_ray.trajectories.episode import Episode

@@ -12,7 +12,7 @@ from lightning_ray.data import Epochs
 from lightning_ray.types import TERMINAL_ROLLOUT
 
 if TYPE_CHECKING:
-    from lightning_ray.run import Run
+    from lightning_ray.run.run import Run
 
 
 class GroupPlayer:

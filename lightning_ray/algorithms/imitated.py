@@ -12,8 +12,8 @@ from lightning_ray.conversations.files import Conversation, read_conversations
 from lightning_ray.conversations.rendering import Renderer
 from lightning_ray.data import Epochs
 from lightning_ray.errors import ConfigError
-from lightning_ray.policy_folder import folder_of, settings_in
 from lightning_ray.recorded import check_same_tokenizer, open_run, read_recorded, task_of
+from lightning_ray.run.policy_folder import folder_of, settings_in
 from lightning_ray.threads import in_thread
 from lightning_ray.trajectories.episode import Episode
 from lightning_ray.trajectories.join import join_calls
@@ -21,7 +21,7 @@ from lightning_ray.types import Rollout
 
 if TYPE_CHECKING:
     from lightning_ray.algorithms.sft import SFT
-    from lightning_ray.run import Run
+    from lightning_ray.run.run import Run
 
 Groups = dict[str, list[Episode]]
 """By task."""

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lightning_ray.algorithms.source import Played
 from lightning_ray.errors import TrainersLostError
-from lightning_ray.phases import PhaseClock
-from lightning_ray.step_figures import StepTimes
+from lightning_ray.run.phases import PhaseClock
+from lightning_ray.run.step_figures import StepTimes
 from lightning_ray.stopping import Stopped
 
 if TYPE_CHECKING:
     from lightning_ray.algorithms.weights import WeightAlgorithm
-    from lightning_ray.run import Run
+    from lightning_ray.run.run import Run
 
 T = TypeVar("T")
 RESTARTS_IN_A_ROW = 3

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_ray.algorithms.base import Algorithm
 from lightning_ray.placement.asks import Wanted
-from lightning_ray.run_folder import write_json
+from lightning_ray.run.folder import write_json
 from lightning_ray.store.base import Store
 from lightning_ray.types import Dataset
 
 if TYPE_CHECKING:
-    from lightning_ray.run import Run
+    from lightning_ray.run.run import Run
     from lightning_ray.trainer import Trainer
 
 

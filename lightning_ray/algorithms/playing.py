@@ -8,12 +8,12 @@ from lightning_ray.algorithms.flow import Group, GroupFlow
 from lightning_ray.algorithms.group_player import GroupPlayer
 from lightning_ray.algorithms.source import Played, Share
 from lightning_ray.data import Epochs
-from lightning_ray.run_state import ONLY
+from lightning_ray.run.state import ONLY
 
 if TYPE_CHECKING:
     from lightning_ray.algorithms.weights import WeightAlgorithm
-    from lightning_ray.phases import PhaseClock
-    from lightning_ray.run import Run
+    from lightning_ray.run.phases import PhaseClock
+    from lightning_ray.run.run import Run
 
 
 class PlayedRollouts:

@@ -20,7 +20,7 @@ from lightning_ray.config import EngineSettings, build, explain
 from lightning_ray.errors import ConfigError
 from lightning_ray.policy.settings import LearningSettings
 from lightning_ray.relay.settings import Upstream, check_name
-from lightning_ray.run_state import ONLY
+from lightning_ray.run.state import ONLY
 from lightning_ray.trajectories.settings import BatchSettings
 
 DECLARED = ("model", "endpoint", "trainable", "agents")

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_ray.algorithms.source import Played
 from lightning_ray.errors import ConfigError
-from lightning_ray.phases import PhaseClock
-from lightning_ray.run_state import ONLY
-from lightning_ray.step_figures import StepTimes
+from lightning_ray.run.phases import PhaseClock
+from lightning_ray.run.state import ONLY
+from lightning_ray.run.step_figures import StepTimes
 from lightning_ray.store.base import Store
 from lightning_ray.trajectories.account import Account, batch_of
 from lightning_ray.trajectories.episode import Episode
@@ -30,7 +30,7 @@ from lightning_ray.trajectories.run_steps import group_of
 if TYPE_CHECKING:
     from lightning_ray.algorithms.own import TrainingAlgorithm
     from lightning_ray.evaluation.figures import Evaluation
-    from lightning_ray.run import Run
+    from lightning_ray.run.run import Run
 
 SUMS = ("trained_tokens", "trained_rollouts", "lone_rollouts", "seconds")
 """Figures that add up over the updates of a step; of the others the last counts."""

@@ -21,8 +21,8 @@ from lightning_ray.trajectories.settings import BatchSettings, GroupPolicy, Keep
 
 if TYPE_CHECKING:
     from lightning_ray.algorithms.source import Source
-    from lightning_ray.phases import PhaseClock
-    from lightning_ray.run import Run
+    from lightning_ray.run.phases import PhaseClock
+    from lightning_ray.run.run import Run
     from lightning_ray.trajectories.account import Account
     from lightning_ray.trajectories.episode import Episode
 

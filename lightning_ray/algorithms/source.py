@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from lightning_ray.run_state import ONLY
+from lightning_ray.run.state import ONLY
 from lightning_ray.trajectories.account import Account, batch_of
 from lightning_ray.trajectories.episode import Episode
 

@@ -19,15 +19,15 @@ from lightning_ray.config import EngineSettings, build
 from lightning_ray.errors import ConfigError
 from lightning_ray.policy.model_folder import check_model_folder
 from lightning_ray.policy.settings import TrainingSettings, UpdateSettings
-from lightning_ray.run_state import ONLY
+from lightning_ray.run.state import ONLY
 from lightning_ray.trajectories.settings import BatchSettings
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from lightning_ray.algorithms.source import Source
-    from lightning_ray.phases import PhaseClock
-    from lightning_ray.run import Run
+    from lightning_ray.run.phases import PhaseClock
+    from lightning_ray.run.run import Run
     from lightning_ray.trajectories.account import Account
     from lightning_ray.trajectories.episode import Episode
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from lightning_ray.capture.address import Caller
 from lightning_ray.semconv import CLIENT_SPAN, MODEL_CALL_NAMES, SUPERSEDED_SPAN
-from lightning_ray.trace_ids import trace_id_of
+from lightning_ray.traces.ids import trace_id_of
 
 ANSWERED = ("stop", "length", "tool_calls", "end_turn", "tool_use", "max_tokens", "stop_sequence")
 """Finish reasons of sequences that came to their end; the engine's are the first two, the others are upstream APIs'."""

@@ -25,7 +25,7 @@ from lightning_ray.capture.keys import KeyRefused, open_operator_key
 from lightning_ray.capture.refusal import refuse, respond
 from lightning_ray.capture.retries import SentCall, SentCalls, digest_of, retry_of
 from lightning_ray.semconv import IMAGE_SPAN
-from lightning_ray.trace_ids import parent_in
+from lightning_ray.traces.ids import parent_in
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from lightning_ray.relay.settings import Prices
 from lightning_ray.relay.spend import Spend, Usage
-from lightning_ray.run_rollouts import read_ended
+from lightning_ray.run.rollouts import read_ended
 from lightning_ray.semconv import MODEL_CALL_NAMES, SUPERSEDED_SPAN
 from lightning_ray.store.base import Store
 from lightning_ray.store.packing import unpack

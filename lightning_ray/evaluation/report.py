@@ -15,7 +15,7 @@ from lightning_ray.evaluation.plays import Play
 from lightning_ray.evaluation.settings import EvaluationSettings
 from lightning_ray.evaluation.statistics import Estimate
 from lightning_ray.relay.spend import Spend
-from lightning_ray.run_folder import write_json
+from lightning_ray.run.folder import write_json
 
 if TYPE_CHECKING:
     from rich.console import Console

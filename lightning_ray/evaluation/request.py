@@ -74,7 +74,7 @@ def evaluate_subject(
     """One evaluation, in ``runs_dir/name``; see ``Trainer.validate``."""
     from lightning_ray.evaluation.session import EvaluationSession
     from lightning_ray.evaluation.subject import subject_of
-    from lightning_ray.run_folder import RunFolder
+    from lightning_ray.run.folder import RunFolder
 
     subject = subject_of(of, trainer)
     folder = RunFolder(Path(trainer.folder).parent / (name or trainer.folder.name + SUFFIX))

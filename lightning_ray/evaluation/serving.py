@@ -17,8 +17,8 @@ from lightning_ray.machine import check_memory, check_port
 from lightning_ray.policy.loaded import Loaded, loaded_from
 from lightning_ray.policy.model_folder import ADAPTER_CONFIG
 from lightning_ray.progress import Reporter, as_current
-from lightning_ray.run_folder import RunFolder
-from lightning_ray.run_state import ONLY
+from lightning_ray.run.folder import RunFolder
+from lightning_ray.run.state import ONLY
 from lightning_ray.threads import in_thread
 from lightning_ray.types import ProxyLLM
 

@@ -25,14 +25,14 @@ from lightning_ray.evaluation.report import EvaluationReport
 from lightning_ray.evaluation.serving import ServedModels
 from lightning_ray.evaluation.settings import EvaluationSettings, Sampling
 from lightning_ray.evaluation.subject import Subject
-from lightning_ray.events import Events
 from lightning_ray.mirror.copying import send_evaluation
 from lightning_ray.placement.asks import Wanted
 from lightning_ray.progress import Reporter, Stage, as_current
 from lightning_ray.relay.settings import Upstream
-from lightning_ray.run_folder import RunFolder, write_json
-from lightning_ray.run_rollouts import RunRollouts
-from lightning_ray.run_state import ONLY
+from lightning_ray.run.events import Events
+from lightning_ray.run.folder import RunFolder, write_json
+from lightning_ray.run.rollouts import RunRollouts
+from lightning_ray.run.state import ONLY
 from lightning_ray.store.base import Store
 from lightning_ray.threads import in_thread
 from lightning_ray.types import LLM, Dataset, EnqueueRolloutRequest

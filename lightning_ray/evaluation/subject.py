@@ -15,8 +15,8 @@ from lightning_ray.mirror import is_url, place_of
 from lightning_ray.mirror.pull import everything, fetched
 from lightning_ray.policy.model_folder import ADAPTER_CONFIG, check_model_folder
 from lightning_ray.relay.settings import Upstream
-from lightning_ray.run_folder import RunFolder
-from lightning_ray.run_state import ONLY, RunState
+from lightning_ray.run.folder import RunFolder
+from lightning_ray.run.state import ONLY, RunState
 from lightning_ray.types import LLM
 
 if TYPE_CHECKING:

@@ -16,11 +16,11 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from lightning_ray import trace_ids
 from lightning_ray.agent_names import AGENT_HEADER, current_agent_name, to_header
 from lightning_ray.otel import format_exception_attributes
 from lightning_ray.semconv import MODEL_CALL_NAMES
-from lightning_ray.trace_ids import TRACE_HEADER
+from lightning_ray.traces import ids as trace_ids
+from lightning_ray.traces.ids import TRACE_HEADER
 from lightning_ray.tracing.attempt import OpenSpan, current_trace
 
 RAW_HEADER = "x-stainless-raw-response"

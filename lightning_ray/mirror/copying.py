@@ -18,7 +18,7 @@ from lightning_ray.mirror.place import url_of
 from lightning_ray.mirror.remote import RemoteFolder
 from lightning_ray.mirror.sent import Content, Sent
 from lightning_ray.mirror.stores import copy_store, sealed_by, store_folders
-from lightning_ray.run_folder import KEPT_CHECKPOINTS, RunFolder
+from lightning_ray.run.folder import KEPT_CHECKPOINTS, RunFolder
 from lightning_ray.store.manifest import manifest_path
 
 LATEST = "checkpoints/latest"

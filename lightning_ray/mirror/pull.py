@@ -15,7 +15,7 @@ from lightning_ray.errors import ConfigError, InfrastructureError
 from lightning_ray.mirror.claim import RECORD, WRITER, written_here
 from lightning_ray.mirror.place import url_of
 from lightning_ray.mirror.remote import File, RemoteFolder
-from lightning_ray.run_folder import RunFolder
+from lightning_ray.run.folder import RunFolder
 
 Wanted = Callable[[str], bool]
 TRIES = 10

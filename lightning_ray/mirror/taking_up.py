@@ -12,7 +12,7 @@ from lightning_ray.mirror.copying import LATEST
 from lightning_ray.mirror.place import url_of
 from lightning_ray.mirror.pull import of_checkpoint, pull
 from lightning_ray.mirror.remote import RemoteFolder
-from lightning_ray.run_folder import RunFolder
+from lightning_ray.run.folder import RunFolder
 
 
 def take_up(folder: RunFolder, resume: bool, note: Callable[[str], None]) -> Claim:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lightning_ray.trace_ids import root_id_of, to_header, trace_id_of
+from lightning_ray.traces.ids import root_id_of, to_header, trace_id_of
 from lightning_ray.types import LLM
 
 BASE = (

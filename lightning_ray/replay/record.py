@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_ray.errors import ConfigError
 from lightning_ray.policy.model_folder import PROGRESS, STATE
-from lightning_ray.run_folder import STEPS, RunFolder
+from lightning_ray.run.folder import STEPS, RunFolder
 
 UPDATE = "update."
 

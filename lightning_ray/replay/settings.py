@@ -15,9 +15,9 @@ from lightning_ray.config import build
 from lightning_ray.errors import ConfigError
 from lightning_ray.launch import parse_setting, put
 from lightning_ray.policy.settings import LearningSettings
-from lightning_ray.policy_folder import folder_of, settings_in
-from lightning_ray.run_folder import RunFolder
-from lightning_ray.run_state import ONLY
+from lightning_ray.run.folder import RunFolder
+from lightning_ray.run.policy_folder import folder_of, settings_in
+from lightning_ray.run.state import ONLY
 
 CHANGEABLE = sorted({*LearningSettings.model_fields, "preset", "batch", "agent_match", "max_staleness"} - {"lora"})
 """Settings of an algorithm that matter between a step's rollouts and its new weights."""

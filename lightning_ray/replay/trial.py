@@ -11,11 +11,11 @@ import pyarrow as pa
 
 from lightning_ray.algorithms.grpo import GRPO
 from lightning_ray.policy.settings import UpdateSettings
-from lightning_ray.policy_folder import folder_of, settings_in
 from lightning_ray.replay import settings as of
 from lightning_ray.replay.batch import View, rebuild
 from lightning_ray.replay.comparison import Line, compare, differing, tolerance_for
 from lightning_ray.replay.record import Beginning, StepRecord, chain
+from lightning_ray.run.policy_folder import folder_of, settings_in
 from lightning_ray.store.view import open_folder
 
 

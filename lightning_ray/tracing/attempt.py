@@ -18,7 +18,7 @@ from weakref import WeakValueDictionary
 
 from lightning_ray.semconv import UNFINISHED
 from lightning_ray.span import Span
-from lightning_ray.trace_ids import root_id_of, trace_id_of
+from lightning_ray.traces.ids import root_id_of, trace_id_of
 
 Row = dict[str, Any]
 """A span as a mapping with the fields of ``span.Span``. Its ``sequence_id`` is 0: the store numbers it on arrival."""
@@ -55,7 +55,7 @@ class AttemptTrace:
     rollout_id: str
     attempt_id: str
     trace_id: str = ""
-    """By default what rollout and attempt are called makes it (``trace_ids``); so the root's."""
+    """By default what rollout and attempt are called makes it (``traces.ids``); so the root's."""
     spans: list[Row] = field(default_factory=list)
     """What has ended so far."""
     root_id: str = field(default="", repr=False)

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning_ray.metrics.exporter import Exporter
-from lightning_ray.policy_rows import policies_in, rows_of
-from lightning_ray.run_state import ONLY
+from lightning_ray.run.policy_rows import policies_in, rows_of
+from lightning_ray.run.state import ONLY
 from lightning_ray.trackers.base import Row
 
 OF_RUN = {"reward": "reward", "turns": "turns", "wall_seconds": "step_seconds"}

@@ -20,14 +20,14 @@ from rich.console import Console
 from lightning_ray.algorithms.grpo import GRPO
 from lightning_ray.algorithms.loop import TrainingLoop
 from lightning_ray.cluster import Cluster
+from lightning_ray.commands.traces import every_span
 from lightning_ray.config import EngineSettings, RunnerSettings
 from lightning_ray.progress import Reporter
-from lightning_ray.run import Run
-from lightning_ray.run_folder import RunFolder
+from lightning_ray.run.folder import RunFolder
+from lightning_ray.run.run import Run
 from lightning_ray.semconv import ATTEMPT_SPAN, TRAINED_SPAN
 from lightning_ray.store.view import open_folder
-from lightning_ray.trace_export import TraceExport
-from lightning_ray.traces_command import every_span
+from lightning_ray.traces.export import TraceExport
 from tests.e2e.tiny import make_tiny_model, two_turns
 
 pytestmark = pytest.mark.e2e

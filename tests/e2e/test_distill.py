@@ -18,8 +18,8 @@ from lightning_ray.cluster import Cluster
 from lightning_ray.config import RunnerSettings
 from lightning_ray.conversations.rendering import load_tokenizer
 from lightning_ray.progress import Reporter
-from lightning_ray.run import Run
-from lightning_ray.run_folder import RunFolder
+from lightning_ray.run.folder import RunFolder
+from lightning_ray.run.run import Run
 from lightning_ray.teacher import Teacher
 from tests.e2e.tiny import make_tiny_model
 from tests.e2e.wire.reference import Reference

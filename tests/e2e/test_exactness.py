@@ -26,8 +26,8 @@ from lightning_ray.config import EngineSettings, RunnerSettings
 from lightning_ray.errors import SwapError
 from lightning_ray.policy.transfer import canaries_of
 from lightning_ray.progress import Reporter
-from lightning_ray.run import Run
-from lightning_ray.run_folder import RunFolder
+from lightning_ray.run.folder import RunFolder
+from lightning_ray.run.run import Run
 from lightning_ray.store import StoreClient
 from lightning_ray.trajectories.account import batch_of, settle
 from lightning_ray.trajectories.episode import Episode

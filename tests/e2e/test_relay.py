@@ -27,8 +27,8 @@ from lightning_ray.config import EngineSettings, RunnerSettings
 from lightning_ray.net import free_port
 from lightning_ray.progress import Reporter
 from lightning_ray.relay.settings import Upstream
-from lightning_ray.run import Run
-from lightning_ray.run_folder import RunFolder
+from lightning_ray.run.folder import RunFolder
+from lightning_ray.run.run import Run
 from lightning_ray.types import NamedResources, ProxyLLM, Rollout
 from tests.e2e.tiny import make_tiny_model
 from tests.relay_parts import COST, PRICES, ask

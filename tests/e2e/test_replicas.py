@@ -27,8 +27,8 @@ from lightning_ray.capture.keys import Claims, issue_key
 from lightning_ray.cluster import Cluster
 from lightning_ray.config import EngineSettings, RunnerSettings
 from lightning_ray.progress import Reporter
-from lightning_ray.run import Run
-from lightning_ray.run_folder import RunFolder
+from lightning_ray.run.folder import RunFolder
+from lightning_ray.run.run import Run
 from tests.e2e.tiny import make_tiny_model, two_turns
 
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module")]

@@ -15,8 +15,8 @@ from lightning_ray.cli import main
 from lightning_ray.cluster import Cluster
 from lightning_ray.config import RunnerSettings
 from lightning_ray.progress import Reporter
-from lightning_ray.run import Run
-from lightning_ray.run_folder import RunFolder
+from lightning_ray.run.folder import RunFolder
+from lightning_ray.run.run import Run
 from tests.e2e.tiny import make_tiny_model, one_word
 
 pytestmark = pytest.mark.e2e

@@ -21,11 +21,11 @@ from lightning_ray.algorithms.grpo import GRPO
 from lightning_ray.cluster import Cluster
 from lightning_ray.config import EngineSettings, RunnerSettings
 from lightning_ray.errors import TrainersLostError
-from lightning_ray.events import read_events
 from lightning_ray.policy import transfer
 from lightning_ray.progress import Reporter
-from lightning_ray.run import Run
-from lightning_ray.run_folder import RunFolder
+from lightning_ray.run.events import read_events
+from lightning_ray.run.folder import RunFolder
+from lightning_ray.run.run import Run
 from tests.e2e.tiny import make_tiny_model, two_turns
 
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module")]

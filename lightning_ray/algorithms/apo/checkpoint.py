@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightning_ray.algorithms.apo.state import SearchState
-from lightning_ray.run_folder import RunFolder
+from lightning_ray.run.folder import RunFolder
 
 
 def save(folder: RunFolder, state: SearchState) -> None:

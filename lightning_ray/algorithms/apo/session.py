@@ -25,7 +25,7 @@ from lightning_ray.types import Dataset, ProxyLLM
 
 if TYPE_CHECKING:
     from lightning_ray.algorithms.apo.settings import APO
-    from lightning_ray.run import Run
+    from lightning_ray.run.run import Run
 
 
 class Session:

@@ -13,7 +13,7 @@ from lightning_ray.algorithms.base import AlgorithmSettings, NotAttachedError
 from lightning_ray.types import Dataset, PromptTemplate
 
 if TYPE_CHECKING:
-    from lightning_ray.run import Run
+    from lightning_ray.run.run import Run
 
 T = TypeVar("T")
 

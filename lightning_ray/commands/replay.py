@@ -15,8 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_ray.commands.spans import add_folder_argument, store_folder
 from lightning_ray.errors import ConfigError
-from lightning_ray.spans_command import add_folder_argument, store_folder
 
 if TYPE_CHECKING:
     from lightning_ray.replay.trial import Result

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from lightning_ray.commands.spans import store_folder
 from lightning_ray.errors import ConfigError
-from lightning_ray.spans_command import store_folder
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
 
     from lightning_ray.store.view import StoreView
-    from lightning_ray.trace_export import TraceExport
+    from lightning_ray.traces.export import TraceExport
     from lightning_ray.types import Rollout
 
 PORTION = 256
@@ -54,14 +54,14 @@ def add_traces_command(commands: Any) -> None:
 
 def traces(given: argparse.Namespace) -> int:
     """Run the command. Raises ConfigError and StoreError for what the user can mend."""
-    from lightning_ray.run_folder import RunFolder
+    from lightning_ray.run.folder import RunFolder
     from lightning_ray.store.view import open_folder
 
     folder = store_folder(given.folder)
     run = folder.parent if folder.name == "store" else folder
     send = sender(given.endpoint)
 
-    from lightning_ray.trace_export import TraceExport, bundles
+    from lightning_ray.traces.export import TraceExport, bundles
 
     view: Any = open_folder(folder)
     rollouts = chosen(view, given.rollout, None if given.step is None else step_ids(RunFolder(run), given.step))

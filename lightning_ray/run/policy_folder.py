@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_ray.errors import ConfigError
-from lightning_ray.policy_rows import rows_of
-from lightning_ray.run_folder import RunFolder
+from lightning_ray.run.folder import RunFolder
+from lightning_ray.run.policy_rows import rows_of
 
 
 class PolicyFolder(RunFolder):

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from lightning_ray.phases import shares
-from lightning_ray.run_state import ONLY, PolicyState, RunState
+from lightning_ray.run.phases import shares
+from lightning_ray.run.state import ONLY, PolicyState, RunState
 
 MOMENTS = ("before", "after")
 

@@ -8,7 +8,7 @@ from typing import Any
 from opentelemetry.trace import SpanContext, Status, StatusCode, TraceFlags
 
 from lightning_ray.semconv import DROPPED_SPAN, MODEL_CALL_NAMES, TRAINED_SPAN, LightningResourceAttributes
-from lightning_ray.trace_ids import part_id_of
+from lightning_ray.traces.ids import part_id_of
 from lightning_ray.types import Span
 
 AFTERWARDS = (TRAINED_SPAN, DROPPED_SPAN)

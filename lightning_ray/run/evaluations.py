@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lightning_ray.evaluation import Evaluation, evaluate
-from lightning_ray.run_rollouts import refuse_total_failure
+from lightning_ray.run.rollouts import refuse_total_failure
 from lightning_ray.types import RolloutMode
 
 if TYPE_CHECKING:
-    from lightning_ray.run import Run
+    from lightning_ray.run.run import Run
 
 
 class RunEvaluations:

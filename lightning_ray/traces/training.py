@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_ray.errors import StoreError
 from lightning_ray.semconv import DROPPED_SPAN, TRAINED_SPAN
 from lightning_ray.store.schema import spans_to_batch
-from lightning_ray.trace_ids import trace_id_of
+from lightning_ray.traces.ids import trace_id_of
 
 if TYPE_CHECKING:
     from lightning_ray.algorithms.source import Played, Share

@@ -17,8 +17,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lightning_ray.phases import shares
 from lightning_ray.policy.swap import Swap
+from lightning_ray.run.phases import shares
 from lightning_ray.trajectories.account import Account
 from lightning_ray.trajectories.episode import Episode
 

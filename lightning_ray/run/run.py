@@ -1,7 +1,7 @@
 """One training run: what an algorithm works with.
 
 Offers data, rollouts, policies under training, validation, checkpoints and reports; which of them, when, is the
-algorithm's business. What is of one policy alone is ``trained_policy``'s, and rollouts are ``run_rollouts``'. Every
+algorithm's business. What is of one policy alone is ``trained_policy``'s, and rollouts are ``rollouts``'. Every
 rollout of every step ends in an account; every wait has a deadline.
 """
 
@@ -24,27 +24,27 @@ from lightning_ray.algorithms.weights import WeightAlgorithm
 from lightning_ray.cluster import Cluster, together
 from lightning_ray.config import RunnerSettings
 from lightning_ray.evaluation import Evaluation
-from lightning_ray.events import Events
 from lightning_ray.hooks import Hook
-from lightning_ray.lateness import Lateness, Look, replicas_at_work, rollouts_at_work, runners_at_work
 from lightning_ray.machine import tree_memory
 from lightning_ray.metrics.watch import RunWatch, Watched
 from lightning_ray.mirror.mirror import Mirror
 from lightning_ray.policy.loaded import loaded_from
-from lightning_ray.policy_rows import by_policy
 from lightning_ray.progress import Reporter
-from lightning_ray.run_evaluations import RunEvaluations
-from lightning_ray.run_folder import RunFolder, write_json
-from lightning_ray.run_models import given_models, initial_models, publish_resources, wanted_by
-from lightning_ray.run_rollouts import RunRollouts, refuse_total_failure
-from lightning_ray.run_state import ONLY, RunState
-from lightning_ray.step_figures import StepTimes, policy_figures, step_figures
+from lightning_ray.run.evaluations import RunEvaluations
+from lightning_ray.run.events import Events
+from lightning_ray.run.folder import RunFolder, write_json
+from lightning_ray.run.lateness import Lateness, Look, replicas_at_work, rollouts_at_work, runners_at_work
+from lightning_ray.run.models import given_models, initial_models, publish_resources, wanted_by
+from lightning_ray.run.policy_rows import by_policy
+from lightning_ray.run.rollouts import RunRollouts, refuse_total_failure
+from lightning_ray.run.state import ONLY, RunState
+from lightning_ray.run.step_figures import StepTimes, policy_figures, step_figures
+from lightning_ray.run.trained_policy import TrainedPolicy
 from lightning_ray.stopping import Stop
 from lightning_ray.store.base import Store
 from lightning_ray.threads import in_thread
+from lightning_ray.traces.training import StepTold, append_training_spans
 from lightning_ray.trackers import Choice, Trackers
-from lightning_ray.trained_policy import TrainedPolicy
-from lightning_ray.training_spans import StepTold, append_training_spans
 from lightning_ray.trajectories.account import Account
 from lightning_ray.trajectories.episode import Episode
 from lightning_ray.types import Dataset, EnqueueRolloutRequest, ProxyLLM, RolloutMode
@@ -310,7 +310,7 @@ class Run:
         self.reporter.end_steps()
         await self._evaluations.all("after")
         self.folder.plot()
-        from lightning_ray.summary import summarize, summary_table
+        from lightning_ray.run.summary import summarize, summary_table
 
         summary = summarize(self.state, self.elapsed(), self.peak_memory, self.folder.metrics())
         write_json(self.folder.path / "summary.json", summary)

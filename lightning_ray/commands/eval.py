@@ -13,12 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_ray.commands.replay import stdout_on_stderr
 from lightning_ray.config import build
 from lightning_ray.errors import ConfigError
 from lightning_ray.launch import Launch, parse_setting
 from lightning_ray.mirror import is_url
 from lightning_ray.relay.settings import Upstream
-from lightning_ray.replay_command import stdout_on_stderr
 
 if TYPE_CHECKING:
     from lightning_ray.evaluation.comparison import Comparison

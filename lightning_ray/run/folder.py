@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_ray.errors import ConfigError
-from lightning_ray.run_state import ONLY
+from lightning_ray.run.state import ONLY
 
 README = """# Run {name}
 
@@ -171,8 +171,8 @@ class RunFolder:
 
     def plot(self) -> None:
         """Draw reward.png and training.png, of several policies training.NAME.png each."""
-        from lightning_ray.plots import plot_reward, plot_training
-        from lightning_ray.policy_rows import policies_in, rows_of
+        from lightning_ray.run.plots import plot_reward, plot_training
+        from lightning_ray.run.policy_rows import policies_in, rows_of
 
         rows = self.metrics()
         plot_reward(rows, self.path / "reward.png", self.path.name)

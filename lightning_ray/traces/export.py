@@ -7,7 +7,7 @@
       annotation, operation ...    what the agent, its framework and its tools traced
       trained --link--> train_step, a trace of its own that links back to every attempt that it learned from
 
-Every span of an attempt is under one trace id (``trace_ids``), whatever recorded it.
+Every span of an attempt is under one trace id (``traces.ids``), whatever recorded it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from opentelemetry.trace import Link, SpanKind, Status, StatusCode
 
 from lightning_ray.otel import flatten_attributes, sanitize_attributes
 from lightning_ray.semconv import ATTEMPT_SPAN, CLIENT_SPAN, DROPPED_SPAN, STEP_SPAN, TRAINED_SPAN
-from lightning_ray.trace_ids import part_id_of, root_id_of, trace_id_of
-from lightning_ray.trace_terms import (
+from lightning_ray.traces.ids import part_id_of, root_id_of, trace_id_of
+from lightning_ray.traces.terms import (
     AFTERWARDS,
     context,
     ids_of,

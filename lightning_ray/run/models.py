@@ -10,8 +10,8 @@ from lightning_ray.algorithms.weights import WeightAlgorithm
 from lightning_ray.config import RunnerSettings
 from lightning_ray.placement.asks import Wanted
 from lightning_ray.progress import Reporter, as_current
-from lightning_ray.run_folder import RunFolder
-from lightning_ray.run_state import ONLY
+from lightning_ray.run.folder import RunFolder
+from lightning_ray.run.state import ONLY
 from lightning_ray.store.base import Store
 from lightning_ray.threads import in_thread
 from lightning_ray.types import ProxyLLM

@@ -15,14 +15,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_ray.doctor_events import show_events
-from lightning_ray.doctor_steps import show_steps
+from lightning_ray.commands.doctor_events import show_events
+from lightning_ray.commands.doctor_steps import show_steps
+from lightning_ray.commands.spans import add_folder_argument, store_folder
 from lightning_ray.errors import ConfigError
-from lightning_ray.events import read_events
-from lightning_ray.spans_command import add_folder_argument, store_folder
+from lightning_ray.run.events import read_events
 
 if TYPE_CHECKING:
-    from lightning_ray.run_folder import RunFolder
+    from lightning_ray.run.folder import RunFolder
     from lightning_ray.trajectories.doctor import Diagnosis, Facts, Report
     from lightning_ray.trajectories.prefix import Break
     from lightning_ray.trajectories.settings import Keep
@@ -82,7 +82,7 @@ def doctor(given: argparse.Namespace) -> int:
 def read_facts(run: Path, policy: str | None = None) -> Facts:
     """What the run's folder tells, of one of several policies; a store alone tells nothing."""
     from lightning_ray.config import build
-    from lightning_ray.policy_folder import folder_of, settings_in
+    from lightning_ray.run.policy_folder import folder_of, settings_in
     from lightning_ray.trajectories.doctor import Facts
     from lightning_ray.trajectories.settings import BatchSettings
 
@@ -118,7 +118,7 @@ def keep_of(settings: Mapping[str, Any], run: RunFolder) -> Keep | None:
 
 def load_decode(run: Path, special: bool = True, policy: str | None = None) -> Decode | None:
     """Token ids to text, with or without special tokens, if the run's tokenizer is at hand."""
-    from lightning_ray.policy_folder import folder_of, settings_in
+    from lightning_ray.run.policy_folder import folder_of, settings_in
 
     opened, settings = folder_of(run, policy, settings_in(run))
     latest, named = opened.latest_checkpoint(), settings.get("model")

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from lightning_ray.errors import AgentError, InfrastructureError
-from lightning_ray.step_figures import agents_of
+from lightning_ray.run.step_figures import agents_of
 from lightning_ray.store.base import Store
 from lightning_ray.trajectories.episode import Episode, last_attempts, read_episodes
 from lightning_ray.types import (

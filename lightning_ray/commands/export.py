@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from lightning_ray.commands.spans import add_folder_argument, store_folder
 from lightning_ray.errors import ConfigError
-from lightning_ray.spans_command import add_folder_argument, store_folder
 
 
 def add_export_command(commands: Any) -> None:
@@ -41,8 +41,8 @@ def add_export_command(commands: Any) -> None:
 def export_command(given: argparse.Namespace) -> int:
     """Run the command. Raises ConfigError and StoreError for what the user can mend."""
     from lightning_ray.algorithms.weights import check_expression
+    from lightning_ray.commands.doctor import load_decode, read_facts
     from lightning_ray.config import build
-    from lightning_ray.doctor_command import load_decode, read_facts
     from lightning_ray.export import export
     from lightning_ray.recorded import open_run
     from lightning_ray.trajectories.settings import Keep

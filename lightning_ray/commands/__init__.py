@@ -1,0 +1,1 @@
+"""The subcommands of ``lightning-ray``, a file each; ``lightning_ray.cli`` tells them apart."""
