@@ -9,7 +9,7 @@ the driver among them. Then its store is compared with what agents and a probe n
 tasks with that of a run of as many steps that nobody disturbed.
 
 A recovery is from the kill until the role does its work again (``chaos_kills`` says when that is), the driver's from
-the start of ``--resume`` until a rollout of the resumed run is played. Figures are the worst of each kind; medians
+the start of ``--resume`` until the resumed run has made a step. Figures are the worst of each kind; medians
 beside them. The last line of the output is one JSON object.
 """
 
@@ -37,7 +37,7 @@ from benchmarks.chaos_train import data, make_model
 from benchmarks.chaos_watch import HANG_SECONDS, Scene
 from benchmarks.report import show
 from benchmarks.store import Goal, bar, circumstances
-from lightning_ray.run.folder import RunFolder
+from lightning_ray.run.folder import METRICS, RunFolder
 
 GOALS = (
     Goal("recovery_s.runner", 5),
@@ -95,7 +95,7 @@ def measure(folder: Path, quick: bool, tick: Tick) -> dict[str, Any]:
     make_model(kind, folder / "model")
     disturbed = asyncio.run(Chaos(folder, kind, tick).run(repeats))
     tick("a run that nobody disturbs")
-    driver = train(folder, kind, folder / "model", notes_of(folder, "calm"), steps=disturbed["steps"], name="calm")
+    driver = train(folder, kind, folder / "model", notes_of(folder, "calm-notes"), steps=disturbed["steps"], name="calm")
     try:
         wait(driver)
     finally:
@@ -177,18 +177,17 @@ class Chaos:
         return train(self.folder, self.kind, model, self.notes, steps=steps, address=address, resume=resume)
 
     async def _goes_on(self, scene: Scene, driver: Driver, resumed: bool) -> None:
-        """Wait until the started run plays and has made a step; how long it took, if resumed, is entered."""
+        """Wait until the started run has made a step; how long that took, if resumed, is entered."""
         made = self.run_folder.read_state()["step"] if resumed else 0
+        metrics = self.run_folder.path / METRICS
         await scene.attach(driver)
 
-        async def plays() -> bool:
-            return any(note["mode"] == "train" for note in scene.fresh_notes(driver.began))
+        async def has_made_one() -> bool:
+            return metrics.stat().st_mtime > driver.began and len(scene.steps()) > made
 
-        seconds = await scene.until(plays, "a started run plays") - driver.began
-        step_seconds = await scene.until_step(made + 1) - driver.began
+        seconds = await scene.until(has_made_one, "a started run makes a step") - driver.began
         if resumed:
             self._enter("driver", seconds)
-            self._enter("driver_step", step_seconds)
 
     async def _strike(self, scene: Scene, name: str) -> None:
         """One kill, its recovery, and one step more."""

@@ -37,12 +37,15 @@ async def are_gone(actors: Sequence[Any]) -> bool:
     """Whether one of the store's actors has ended for good. One that is being restarted has not, nor one that is out of
     reach.
     """
-    for actor in actors:
-        try:
-            async with asyncio.timeout(ANSWER_SECONDS):
-                await actor.process_id.remote()
-        except ActorDiedError:
-            return True
-        except Exception as error:
-            logger.info("the span store gives no sign of life: %s", error)
+    return any(await asyncio.gather(*(_is_gone(actor) for actor in actors)))
+
+
+async def _is_gone(actor: Any) -> bool:
+    try:
+        async with asyncio.timeout(ANSWER_SECONDS):
+            await actor.process_id.remote()
+    except ActorDiedError:
+        return True
+    except Exception as error:
+        logger.info("the span store gives no sign of life: %s", error)
     return False
