@@ -95,7 +95,8 @@ def measure(folder: Path, quick: bool, tick: Tick) -> dict[str, Any]:
     make_model(kind, folder / "model")
     disturbed = asyncio.run(Chaos(folder, kind, tick).run(repeats))
     tick("a run that nobody disturbs")
-    driver = train(folder, kind, folder / "model", notes_of(folder, "calm-notes"), steps=disturbed["steps"], name="calm")
+    notes, steps = notes_of(folder, "calm-notes"), disturbed["steps"]
+    driver = train(folder, kind, folder / "model", notes, steps=steps, name="calm")
     try:
         wait(driver)
     finally:
