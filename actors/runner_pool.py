@@ -42,6 +42,8 @@ SILENT_ASKS = 30
 """So often in a row, about every two seconds, a runner that was up gave no answer within one, when it is killed."""
 DEATHS_IN_A_ROW = 5
 """Of one slot, while no runner at all ends a rollout."""
+EXPLAIN_SECONDS = 0.5
+"""How long a dead runner's work waits for the cause."""
 PAUSES = (0.0, 0.0, 0.5, 1.0, 2.0)
 """Seconds before the next start, by deaths in a row."""
 
@@ -105,6 +107,7 @@ class RunnerPool:
         self._slots: dict[Slot, asyncio.Task[None]] = {}
         self._made = 0
         self._control: asyncio.Task[None] | None = None
+        self._explaining: set[asyncio.Task[str]] = set()
         self._stopping = False
         self.restarts = 0
         """How often a runner took the place of one that had died, or was stuck."""
@@ -188,15 +191,33 @@ class RunnerPool:
         except asyncio.CancelledError:
             raise
         except Exception as error:
-            death = await asyncio.to_thread(death_of, process, error)
-            reason, died = f"{death.cause} ({process.place})", True
-            if self._tell is not None and not self._stopping:
-                self._tell(death, death.cause != slot.cause)
-            slot.cause = death.cause
+            died = True
+            reason = await self._explained(slot, process, error)
         await self._release(slot.worker_id, reason)
         slot.actor = None
         _kill(actor)
         return reason if died else None
+
+    async def _explained(self, slot: Slot, process: Process, error: Exception) -> str:
+        """Why a runner died, as far as that can be told at once: another node takes seconds, and its work must not wait
+        for it. The run is told when all is known.
+        """
+
+        async def explain() -> str:
+            death = await asyncio.to_thread(death_of, process, error)
+            if self._tell is not None and not self._stopping:
+                self._tell(death, death.cause != slot.cause)
+            slot.cause = death.cause
+            return f"{death.cause} ({process.place})"
+
+        explaining = asyncio.create_task(explain())
+        self._explaining.add(explaining)
+        explaining.add_done_callback(self._explaining.discard)
+        done, _ = await asyncio.wait([explaining], timeout=EXPLAIN_SECONDS)
+        if done:
+            return explaining.result()
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        return f"{said[-1].strip()[:300]} ({process.place})"
 
     async def _release(self, worker_id: str, reason: str) -> None:
         try:
