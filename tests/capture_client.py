@@ -160,4 +160,4 @@ def bearer(
 
 
 def operator() -> list[tuple[bytes, bytes]]:
-    return [(b"authorization", b"Bearer " + operator_key(SECRET, 60).encode())]
+    return [(b"authorization", b"Bearer " + operator_key(SECRET, 3600).encode())]

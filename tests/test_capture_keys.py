@@ -64,7 +64,7 @@ def test_what_is_no_key_is_refused(key: str) -> None:
 def test_the_operators_key_opens_the_status_for_a_while() -> None:
     key = operator_key(SECRET, 60.0, now=1000.0)
     open_operator_key(SECRET, key, now=1060.0)
-    with pytest.raises(KeyRefused, match="expired"):
+    with pytest.raises(KeyRefused, match="the operator's key has expired"):
         open_operator_key(SECRET, key, now=1060.1)
     with pytest.raises(KeyRefused, match="another run"):
         open_operator_key(b"t" * 32, key, now=1000.0)

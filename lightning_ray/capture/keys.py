@@ -75,7 +75,8 @@ def open_key(secret: bytes, key: str, now: float | None = None) -> Claims:
     """Verify a key and return its claims. Raises KeyRefused with the reason."""
     claims = _signed(secret, key)
     if (time.time() if now is None else now) > claims.expires:
-        raise KeyRefused(f"the key of attempt {claims.attempt_id} has expired")
+        whose = f"the key of attempt {claims.attempt_id}" if claims.attempt_id else "the operator's key"
+        raise KeyRefused(f"{whose} has expired")
     return claims
 
 

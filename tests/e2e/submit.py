@@ -23,7 +23,9 @@ from lightning_ray.jobs import Job, Jobs
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SECONDS = 240
-SETTINGS = {"steps": 12, "ranks": 1, "checkpoint_every": 99}
+STEPS = 30
+"""Enough that the job can be stopped amid them."""
+SETTINGS = {"steps": STEPS, "ranks": 1, "checkpoint_every": 99}
 
 
 def main(temp: str, folder: str) -> None:
@@ -60,7 +62,7 @@ def main(temp: str, folder: str) -> None:
 def wait(jobs: Jobs, job: str, over: Callable[[Job], bool]) -> None:
     deadline = time.monotonic() + SECONDS
     while not (over(known := jobs.get(job)) or known.ended) and time.monotonic() < deadline:
-        time.sleep(1)
+        time.sleep(0.3)
 
 
 if __name__ == "__main__":
