@@ -1,7 +1,7 @@
 """What does a training run survive, and how soon does it go on? kill -9 of every one of its parts, while it trains.
 
     python -m benchmarks.chaos            each kill three times, the SQL example's model (about 15 minutes)
-    python -m benchmarks.chaos --quick    one of each; a model of a few words (about 4 minutes)
+    python -m benchmarks.chaos --quick    one of each; a model of a few words (6 to 8 minutes)
 
 One real run: vLLM, Serve with HAProxy, FSDP ranks. It begins on a Ray of its own, whose driver is killed; nothing may
 stay behind. It is resumed on a cluster of simulated nodes, and goes on while its parts are killed one after the other,
