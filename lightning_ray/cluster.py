@@ -119,7 +119,9 @@ class Cluster:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a late call must not start another Ray after ours has ended
         import ray
+        from ray._private import auto_init_hook
 
+        auto_init_hook.enable_auto_connect = False  # the same where ray was imported before
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "namespace": self._name}
         if self.owned:
             self._scratch = Scratch()

@@ -203,3 +203,11 @@ def test_a_ray_that_is_not_there_is_told() -> None:
     assert own.startswith("Ray did not start on this machine (The current node timed out during startup.)")
     joined = no_ray("10.0.0.1:6379", ConnectionError("nobody listens"))
     assert joined.startswith("no Ray can be joined at address='10.0.0.1:6379' (nobody listens)")
+
+
+def test_a_death_that_several_calls_find_is_told_once(tmp_path: Path) -> None:
+    said: list[str] = []
+    events = Events(tmp_path, said.append)
+    for pid in (7, 7, 8):
+        events.death(death_of(Process("trainer rank", "trainer rank 0", pid), "killed", Evidence()))
+    assert len(said) == 2 and [event["pid"] for event in read_events(tmp_path)] == [7, 8]

@@ -27,9 +27,18 @@ class Events:
         self._file = None if folder is None else folder / EVENTS
         self._note = note
         self._lock = threading.Lock()
+        self._dead: set[tuple[str, int]] = set()
+        """Role and process of those whose death was told: several calls may find the same."""
 
     def death(self, death: Death, shown: bool = True) -> None:
-        """A part died. ``shown`` is false where the message of an error says so already."""
+        """A part died; told once. ``shown`` is false where the message of an error says so already."""
+        process = death.process
+        if process.pid is not None:
+            who = process.role, process.pid
+            with self._lock:
+                if who in self._dead:
+                    return
+                self._dead.add(who)
         if shown:
             self._show(str(death))
         self._keep(death.event())
