@@ -27,14 +27,14 @@ class Events:
         self._file = None if folder is None else folder / EVENTS
         self._note = note
         self._lock = threading.Lock()
-        self._dead: set[tuple[str, int]] = set()
-        """Role and process of those whose death was told: several calls may find the same."""
+        self._dead: set[tuple[str, str | None, int]] = set()
+        """Role, node and process of those whose death was told: several calls may find the same."""
 
     def death(self, death: Death, shown: bool = True) -> None:
         """A part died; told once. ``shown`` is false where the message of an error says so already."""
         process = death.process
         if process.pid is not None:
-            who = process.role, process.pid
+            who = process.role, process.node, process.pid
             with self._lock:
                 if who in self._dead:
                     return
