@@ -99,7 +99,8 @@ class TrainingLoop:
         folder, step = self._run.folder, self._run.state.step
         if step and (folder.latest_checkpoint() is None or folder.read_state()["step"] < step):
             await self._checkpoint()
-        self._run.reporter.note(f"stopped after step {step}, with a checkpoint")
+        told = f"stopped after step {step}, with a checkpoint" if step else "stopped before a step was made"
+        self._run.reporter.note(told)
 
     async def _learn_from(self, played: Played) -> dict[str, dict[str, Any]]:
         """Update and swap the policies that have something to learn from; returns the figures of their updates."""

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from lightning_ray.config import EngineSettings
 from lightning_ray.errors import ConfigError
 from lightning_ray.placement.asks import Ask
-from lightning_ray.placement.settings import matches
 from lightning_ray.placement.view import Node
 
 
@@ -19,16 +18,8 @@ def check_heard(engines: Iterable[EngineSettings], asks: Sequence[Ask], nodes: S
     """
     deaf = next((engine.host for engine in engines if is_loopback(engine.host)), None)
     own = next((node.address for node in nodes if node.node_id == here), None)
-    elsewhere = [
-        node.address
-        for node in nodes
-        if node.address != own
-        and any(
-            matches(node.labels, ask.selector) and all(node.total.get(k, 0.0) >= v for k, v in ask.bundles[0].items())
-            for ask in asks
-            if ask.role == "runner"
-        )
-    ]
+    runners = [ask for ask in asks if ask.role == "runner"]
+    elsewhere = [node.address for node in nodes if node.address != own and node.may_hold(runners)]
     if deaf is not None and own is not None and elsewhere:
         raise ConfigError(
             f"engine.host={deaf!r} is heard on this node ({own}) alone, and runners may go to {', '.join(elsewhere)}: "

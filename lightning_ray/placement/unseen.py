@@ -10,7 +10,6 @@ from typing import Any
 
 from lightning_ray.errors import ConfigError
 from lightning_ray.placement.asks import Ask
-from lightning_ray.placement.settings import matches
 from lightning_ray.placement.view import Node
 
 ANSWER_SECONDS = 60.0
@@ -64,16 +63,7 @@ def _sees(folder: str, token: str | None) -> bool:
 
 def check_seen(folder: Path, what: str, asks: Sequence[Ask], nodes: Sequence[Node], here: str) -> None:
     """Raises ConfigError if a node where one of the asks may go does not see a folder. ``here`` is this node's id."""
-    others = [
-        node
-        for node in nodes
-        if node.node_id != here
-        and any(
-            matches(node.labels, ask.selector)
-            and all(node.total.get(name, 0.0) >= amount for name, amount in ask.bundles[0].items())
-            for ask in asks
-        )
-    ]
+    others = [node for node in nodes if node.node_id != here and node.may_hold(asks)]
     if not others:
         return
     wrong = unseen(folder, [node.node_id for node in others])

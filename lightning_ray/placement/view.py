@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from lightning_ray.placement.asks import Ask
+from lightning_ray.placement.settings import matches
 
 ANSWER_SECONDS = 20.0
 """For the head to tell what could be added: a worker may have to start there."""
@@ -26,6 +29,14 @@ class Node:
     free: Mapping[str, float]
     labels: Mapping[str, str] = field(default_factory=dict)
     node_id: str = ""
+
+    def may_hold(self, asks: Iterable[Ask]) -> bool:
+        """Whether a part of one of the asks may go here: by labels, and by what the node has in all."""
+        return any(
+            matches(self.labels, ask.selector)
+            and all(self.total.get(name, 0.0) >= amount for name, amount in ask.bundles[0].items())
+            for ask in asks
+        )
 
 
 @dataclass(frozen=True)
