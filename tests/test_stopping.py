@@ -106,6 +106,12 @@ async def test_one_that_has_a_checkpoint_makes_no_other(tmp_path: Path, monkeypa
     assert run.saved == [1, 2]
 
 
+async def test_one_without_a_step_claims_no_checkpoint(tmp_path: Path) -> None:
+    run = EndlessRun(tmp_path / "run")
+    await TrainingLoop(GRPO(model="m", steps=9), run)._keep_the_rest()  # type: ignore[arg-type]
+    assert run.saved == [] and run.told == ["stopped before a step was made"]
+
+
 async def test_what_comes_in_time_is_not_given_up() -> None:
     stop = Stop()
 

@@ -123,7 +123,10 @@ class PolicySwapper:
             try:
                 if self.transfer.by_group or not self._known:
                     self._known = await self._members()
-                return await self.transfer.send(version, self._known, only)
+                shown = await self.transfer.send(version, self._known, only)
+                if not shown and only is None:
+                    raise InfrastructureError("no replica answered: all were gone, and none came up in time")
+                return shown
             except TrainersLostError:
                 raise
             except Exception as error:
