@@ -30,6 +30,7 @@ from lightning_ray.placement.asks import Ask
 from lightning_ray.placement.places import Places
 from lightning_ray.placement.room import let_go, placed
 from lightning_ray.policy.settings import UpdateSettings
+from lightning_ray.threads import ask_ray
 from lightning_ray.waiting import waiting
 
 if TYPE_CHECKING:
@@ -232,7 +233,13 @@ class PolicyTrainerGroup:
         return await self.answers(self.begin(method, *args), method, timeout)
 
     def begin(self, method: str, *args: Any) -> list[Any]:
-        """Call a method of every rank without waiting; references to their answers, by rank."""
+        """Call a method of every rank without waiting; references to their answers, by rank. Raises TrainersLostError
+        if there are none.
+        """
+        if not self.ranks:
+            raise TrainersLostError(
+                f"there are no trainer ranks to call {method!r}: they were ended, or are being started"
+            )
         return [getattr(actor, method).remote(*args) for actor in self.ranks]
 
     async def answers(self, references: Sequence[Any], method: str, timeout: float) -> list[Any]:
@@ -270,7 +277,7 @@ class PolicyTrainerGroup:
         return failure
 
     async def _death(self, rank: int, error: BaseException, method: str) -> Death:
-        death = await asyncio.to_thread(death_of, self._processes[rank], error, None, method)
+        death = await ask_ray(death_of, self._processes[rank], error, None, method)
         if self._tell is not None:
             self._tell(death)
         return death

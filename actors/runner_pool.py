@@ -33,6 +33,7 @@ from lightning_ray.placement.places import Places
 from lightning_ray.running.sizing import Sizing, crowded_node
 from lightning_ray.running.travel import pickled
 from lightning_ray.store.base import Store
+from lightning_ray.threads import ask_ray
 from lightning_ray.waiting import waiting
 
 TICK_SECONDS = 1.0
@@ -204,7 +205,7 @@ class RunnerPool:
         """
 
         async def explain() -> str:
-            death = await asyncio.to_thread(death_of, process, error)
+            death = await ask_ray(death_of, process, error)
             if self._tell is not None and not self._stopping:
                 self._tell(death, death.cause != slot.cause)
             slot.cause = death.cause
@@ -291,7 +292,7 @@ class RunnerPool:
 
     async def _spread(self) -> None:
         """Replace a runner of a crowded node by one on a node that has fewer, when all are up."""
-        nodes = await asyncio.to_thread(_nodes_for_runners, self._places)
+        nodes = await ask_ray(_nodes_for_runners, self._places)
         if any(slot.info is None for slot in self._slots):
             return
         runners = {slot: slot.info["node_id"] for slot in self._staying() if slot.info is not None}

@@ -46,12 +46,12 @@ from lightning_ray.relay.settings import Upstream
 from lightning_ray.run.events import Events
 from lightning_ray.run.state import ONLY
 from lightning_ray.scratch import Scratch
-from lightning_ray.serving import answers_of, deployed, policy_options, serve_address, start_serve, within
+from lightning_ray.serving import answers_of, deployed, leave_serve, policy_options, serve_address, start_serve, within
 from lightning_ray.stopping import sigterm_kept
 from lightning_ray.store.base import Store
 from lightning_ray.store.client import StoreClient
 from lightning_ray.store.shards import ShardedStore
-from lightning_ray.threads import in_thread
+from lightning_ray.threads import ask_ray, until_nobody_asks
 from lightning_ray.types import ProxyLLM
 
 if TYPE_CHECKING:
@@ -62,6 +62,8 @@ LOGICAL_CPUS = 16
 OBJECT_STORE_BYTES = 2**30
 """Room for the weights of a small model, twice; memory is taken as it is used."""
 STOP_SECONDS = 8.0
+ASKED_SECONDS = 5.0
+"""For what threads are asking Ray, before it is shut down."""
 RELAY_SECONDS = 120.0
 LEASE_SECONDS = 30.0
 """How long a runner may be silent (it beats every two seconds) before its rollouts are played elsewhere."""
@@ -150,7 +152,7 @@ class Cluster:
         Raises ConfigError if they have no place, if agents would not reach the policy, or if nodes of trainer ranks and
         replicas do not see the folders in ``seen``, which go by what they are.
         """
-        view = await in_thread(look, not self.owned)
+        view = await ask_ray(look, not self.owned)
         self.places = Places(self.places.placement, view.labels())
         asks, here = wanted.asks(self.places.placement, view.labels()), ray_node_id()
         check_heard(wanted.engines.values(), asks, view.grown(1), here)
@@ -159,7 +161,7 @@ class Cluster:
         for what, folder in seen.items() if readers else ():
             if url_of(folder) is not None:  # other nodes get it from there
                 continue
-            await in_thread(check_seen, folder, what, readers, await in_thread(nodes_now), here)
+            await ask_ray(check_seen, folder, what, readers, await ask_ray(nodes_now), here)
 
     def _ray_died(self, death: Death) -> None:
         assert self.failure is not None
@@ -236,7 +238,7 @@ class Cluster:
         """Serve, with its HTTP where the first who asks wants it."""
         async with self._serving:
             port = settings.port or free_port(settings.host)
-            starting = in_thread(start_serve, settings.host, port)
+            starting = ask_ray(start_serve, settings.host, port)
             await within(starting, settings.startup_timeout_seconds, f"Ray Serve on port {port}")
 
     async def start_relay(self) -> dict[str, ProxyLLM]:
@@ -340,10 +342,9 @@ class Cluster:
             with suppress(Exception):  # a part that does not end is ended below, or by its owner's end
                 async with asyncio.timeout(STOP_SECONDS):
                     await self._stop_actors()
-            from ray.serve.context import _set_global_client
-
-            await asyncio.to_thread(ray.shutdown)
-            _set_global_client(None)  # or the next run of this process would ask the controller of this Ray
+            await leave_serve()
+            await until_nobody_asks(ASKED_SECONDS)
+            ray.shutdown()  # in this thread: nothing of this loop may call Ray meanwhile
         end_processes(grown)
         if self._scratch is not None:
             self._scratch.remove()
@@ -358,7 +359,7 @@ class Cluster:
         from ray import serve
 
         for application in self._applications if not self.owned else ():
-            await in_thread(serve.delete, application)
+            await ask_ray(serve.delete, application)
 
 
 def ray_node_id() -> str:

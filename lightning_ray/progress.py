@@ -41,7 +41,6 @@ class Reporter:
         self.console = console or Console(stderr=True)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
-        self._began = time.perf_counter()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Stage]:
@@ -59,7 +58,7 @@ class Reporter:
 
     def start_steps(self, done: int, total: int) -> None:
         """Open the bar of the training steps."""
-        self._steps = (done, total)
+        self._steps, self._began = (done, total), time.perf_counter()
         if not self.console.is_terminal:
             return
         columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(16), TextColumn("{task.fields[line]}"))
@@ -85,10 +84,6 @@ class Reporter:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-
-    def restart_clock(self) -> None:
-        """Steps are timed from here."""
-        self._began = time.perf_counter()
 
     def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
         """A closing table."""

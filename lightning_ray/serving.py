@@ -12,7 +12,7 @@ from typing import Any
 from lightning_ray.config import EngineSettings
 from lightning_ray.errors import InfrastructureError
 from lightning_ray.placement.places import Places
-from lightning_ray.threads import in_thread
+from lightning_ray.threads import ask_ray
 from lightning_ray.waiting import waiting
 
 QUIET = {
@@ -30,6 +30,7 @@ CPU_ENGINE = {
 """One thread an engine; its worker in its own process (half the memory of the default); no compiler at work for 15 s on
 the first logprobs, for one small function."""
 ASK_AGAIN_SECONDS = 0.5
+LEAVE_SECONDS = 2.0
 EVERYWHERE = ("0.0.0.0", "::")
 """Hosts of a proxy that listens on every interface of its node."""
 
@@ -74,11 +75,11 @@ async def deployed(application: Any, name: str, route: str, seconds: float, what
     """
     from ray import serve
 
-    running = in_thread(partial(serve.run, application, name=name, route_prefix=route))
+    running = ask_ray(partial(serve.run, application, name=name, route_prefix=route))
     try:
         return await within(running, seconds, what)
     except InfrastructureError as error:
-        raise InfrastructureError(f"{error}{await in_thread(_said_of, name)}") from None
+        raise InfrastructureError(f"{error}{await ask_ray(_said_of, name)}") from None
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise InfrastructureError(f"{what} failed: {lines[0][:300]} ... {lines[-1][:500]}") from error
@@ -114,7 +115,7 @@ async def answers_of(handle: Any, method: str, arguments: Sequence[Any], seconds
     try:
         with waiting(f"{what} at {method!r}"):
             while (left := deadline - time.monotonic()) > 0:
-                if answers := await in_thread(ask, left):
+                if answers := await ask_ray(ask, left):
                     return answers
                 await asyncio.sleep(ASK_AGAIN_SECONDS)
             return []
@@ -131,6 +132,22 @@ def start_serve(host: str, port: int) -> None:
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "ERROR"})
+
+
+async def leave_serve() -> None:
+    """End Serve's part in this process: a thread that may call Ray even while that is shut down, and what is known of a
+    controller that the next run of this process must not ask.
+    """
+    from ray.serve._private.router import SingletonThreadRouter
+    from ray.serve.context import _set_global_client
+
+    loop, SingletonThreadRouter._asyncio_loop = SingletonThreadRouter._asyncio_loop, None
+    if loop is not None:
+        loop.call_soon_threadsafe(loop.stop)
+        deadline = time.monotonic() + LEAVE_SECONDS
+        while loop.is_running() and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+    _set_global_client(None)
 
 
 def serve_address() -> str:

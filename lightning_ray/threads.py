@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+LOOK_SECONDS = 0.02
+_asking: set[object] = set()
 
 
 async def in_thread(function: Callable[..., T], *arguments: Any) -> T:
@@ -39,3 +42,28 @@ async def in_thread(function: Callable[..., T], *arguments: Any) -> T:
 
     threading.Thread(target=work, daemon=True).start()
     return await future
+
+
+async def ask_ray(function: Callable[..., T], *arguments: Any) -> T:
+    """As ``in_thread``, of a function that calls Ray: ``until_nobody_asks`` waits for it."""
+    asking = object()
+    _asking.add(asking)
+
+    def work() -> T:
+        try:
+            return function(*arguments)
+        finally:
+            _asking.discard(asking)
+
+    return await in_thread(work)
+
+
+async def until_nobody_asks(seconds: float) -> None:
+    """Wait until no thread calls Ray, at most ``seconds``.
+
+    Ray must not be shut down under one: a call that is under way then ends the whole process, with exit code 1 and
+    without a word.
+    """
+    deadline = time.monotonic() + seconds
+    while _asking and time.monotonic() < deadline:
+        await asyncio.sleep(LOOK_SECONDS)

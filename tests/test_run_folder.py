@@ -327,7 +327,6 @@ STEP = {
 def test_each_step_is_one_line_where_there_is_no_terminal() -> None:
     report, out = reporter()
     report.start_steps(0, 30)
-    report.restart_clock()
     report.step(STEP, 0.5)
     report.step({**STEP, "step": 1, "reward": None, "trained_tokens_per_s": 0.0, "swap_ms": None}, None)
     report.end_steps()

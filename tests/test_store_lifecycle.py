@@ -141,6 +141,20 @@ def test_watchdog_times_out_from_the_start_and_unresponsive_from_the_last_sign_o
     assert lifecycle.rollout("b").metadata == {"failure": failure}
 
 
+def test_limits_that_are_changed_hold_for_the_attempt_at_work() -> None:
+    lifecycle = make()
+    enqueue(lifecycle, "shorter", "longer", config=RolloutConfig(timeout_seconds=50))
+    lifecycle.dequeue(2, "w", None, 0.0)
+    lifecycle.update_rollout("shorter", {"config": RolloutConfig(timeout_seconds=5)}, 1.0)
+    lifecycle.update_rollout("longer", {"config": RolloutConfig(timeout_seconds=55)}, 1.0)
+    lifecycle.tick(5.1)
+    assert [attempts(lifecycle, name)[0].status for name in ("shorter", "longer")] == ["timeout", "preparing"]
+    lifecycle.tick(50.1)
+    assert attempts(lifecycle, "longer")[0].status == "preparing"
+    lifecycle.tick(55.1)
+    assert attempts(lifecycle, "longer")[0].status == "timeout"
+
+
 def test_a_claim_that_is_never_started_comes_back() -> None:
     lifecycle = make()
     enqueue(lifecycle, "a")

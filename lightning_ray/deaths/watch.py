@@ -24,6 +24,7 @@ from lightning_ray.deaths.death import Death, death_of
 from lightning_ray.deaths.evidence import Evidence, exits, is_here, log_end, memory_kills
 from lightning_ray.deaths.process import Process
 from lightning_ray.deaths.told import Told, told_by_table
+from lightning_ray.threads import ask_ray
 
 WATCH_SECONDS = 3.0
 LOOK_SECONDS = 20.0
@@ -74,13 +75,15 @@ class DeathWatch:
         """What a look found, which is made in a thread and may break off."""
         self._nodes: dict[str, str] = {}
         self._task: asyncio.Task[None] | None = None
+        self._stopped = False
 
     def start(self) -> None:
         """From now on, until ``stop``."""
         self._task = asyncio.create_task(self._watch())
 
     def stop(self) -> None:
-        """What ends from now on was meant to."""
+        """What ends from now on was meant to; a look that is under way is broken off."""
+        self._stopped = True
         if self._task is not None:
             self._task.cancel()
         exits.close()
@@ -98,7 +101,7 @@ class DeathWatch:
                 return
             try:
                 async with asyncio.timeout(LOOK_SECONDS):
-                    await asyncio.to_thread(self._look)
+                    await ask_ray(self._look)
             except asyncio.CancelledError:
                 raise
             except Exception as error:  # Ray's tables may be out of reach for a while
@@ -110,6 +113,8 @@ class DeathWatch:
         self._look_at_nodes()
         self._find()
         for actor_id in list(self._known):
+            if self._stopped:
+                return
             self._look_at(actor_id)
 
     def _find(self) -> None:
@@ -122,6 +127,8 @@ class DeathWatch:
         for actor in ray.util.list_named_actors(all_namespaces=True):
             if actor["namespace"] != SERVE or actor["name"] in self._seen:
                 continue
+            if self._stopped:
+                return
             role, name = role_of(actor["name"], applications)
             self._seen.add(actor["name"])
             if role is not None:

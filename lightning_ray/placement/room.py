@@ -20,6 +20,7 @@ from lightning_ray.placement.asks import Ask, countable
 from lightning_ray.placement.packing import missing
 from lightning_ray.placement.refusal import refusal
 from lightning_ray.placement.view import View, look
+from lightning_ray.threads import ask_ray
 from lightning_ray.waiting import waiting
 
 GRACE_SECONDS = 3.0
@@ -51,7 +52,7 @@ async def make_room(asks: Sequence[Ask], view: View, wait_seconds: float, note: 
         while pending := [pair for pair in held if not is_there(pair[1])]:
             waited = time.monotonic() - began
             if waited > wait_seconds:
-                now = await asyncio.to_thread(look, False)
+                now = await ask_ray(look, False)
                 lacking = [(ask, ask.pieces * sum(each is ask for each, _ in pending)) for ask in asks]
                 view = View(now.nodes, view.types, view.unknown)
                 raise ConfigError(refusal(asks, view, [pair for pair in lacking if pair[1]], waited))
@@ -74,7 +75,7 @@ async def placed(ask: Ask, seconds: float) -> Any:
         with waiting(f"a place for {ask.title}: {ask}"):
             while not is_there(group):
                 if time.monotonic() > deadline:
-                    view = await asyncio.to_thread(look, False)
+                    view = await ask_ray(look, False)
                     raise InfrastructureError(refusal([ask], view, [(ask, ask.pieces)], seconds))
                 await asyncio.sleep(GROUP_SECONDS)
     except BaseException:

@@ -112,6 +112,7 @@ class ObjectTransfer:
         finally:
             for task in tasks:
                 task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
         self._bytes = sum(chunk[0]["bytes"] for chunk in exporting.result())
         seconds = time.perf_counter() - began
         return [self._told(shown, seconds) for shown in found]

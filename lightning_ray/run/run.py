@@ -84,6 +84,7 @@ class Run:
         self._hooks = hooks
         self._resume = resume
         self._began = time.perf_counter()
+        self._seconds_before = 0.0
         self._settings: WeightAlgorithm
         self._rollouts: RunRollouts
         self._watch: asyncio.Task[None] | None = None
@@ -111,6 +112,7 @@ class Run:
         trained, frozen = settings.trained(), settings.frozen()
         if self._resume:
             self.state = RunState.of(self.folder.read_state())
+            self._seconds_before = self.state.seconds
             self.state.check_policies(trained)
             self.folder.truncate_metrics(self.state.step)
         models = await initial_models({**trained, **frozen}, self.folder, self._resume, self.reporter)
@@ -135,7 +137,6 @@ class Run:
         if not self._resume:
             await self._evaluations.all("before")
         self.reporter.start_steps(self.state.step, settings.steps)
-        self.reporter.restart_clock()
         self._lateness.step(self.state.step)
         if self.state.seconds_to_first_step is None:
             self.state.seconds_to_first_step = self.elapsed()
@@ -345,7 +346,7 @@ class Run:
 
     def elapsed(self) -> float:
         """Seconds of the run so far, those before a resume included."""
-        return self.state.seconds * self._resume + time.perf_counter() - self._began
+        return self._seconds_before + time.perf_counter() - self._began
 
     def _watched(self) -> Watched:
         """The run, for its metrics."""

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from lightning_ray.algorithms.weights import WeightAlgorithm
 from lightning_ray.cluster import Cluster, together
-from lightning_ray.errors import SwapError
+from lightning_ray.errors import SwapError, TrainersLostError
 from lightning_ray.policy.swap import PolicySwapper
 from lightning_ray.run.state import ONLY, PolicyState
 from lightning_ray.trajectories.account import Account
@@ -112,6 +112,8 @@ class TrainedPolicy:
                     await self.publish(self.state.version)
             except asyncio.CancelledError:
                 raise
+            except TrainersLostError:  # the run starts the ranks anew, and publishes to all then
+                continue
             except Exception as error:  # told; the next step's own swap decides
                 self._note(f"publishing to a fresh replica failed: {error}")
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from lightning_ray.errors import StoreError
 from lightning_ray.store.changes import attempt_changes, plain, rollout_changes
+from lightning_ray.store.deadlines import Deadlines
 from lightning_ray.store.log import Event
 from lightning_ray.store.reading import attempted
 from lightning_ray.store.state import Live, RolloutEntry, RunState
@@ -83,6 +84,9 @@ class Lifecycle:
         """The last span number given of rollouts that have more of them reserved."""
         self._ended: deque[tuple[float, str]] = deque()
         """When rollouts ended, oldest first; kept for retention only."""
+        self._deadlines = Deadlines()
+        for rollout_id in self.state.live:
+            self._watch(rollout_id)
         if retention_seconds is not None:
             ends = ((entry.rollout.end_time, rollout_id) for rollout_id, entry in self.state.rollouts.items())
             self._ended.extend(sorted((end, rollout_id) for end, rollout_id in ends if end is not None))
@@ -145,6 +149,8 @@ class Lifecycle:
             return []
         claims = [(rollout_id, self._make_id("at")) for rollout_id in claimed]
         self._emit("leased", now, worker_id=worker_id, request_id=request_id, claims=claims)
+        for rollout_id in claimed:
+            self._watch(rollout_id)
         return [self._attempted(*claim) for claim in claims]
 
     # --- spans ----------------------------------------------------------------------------------------------
@@ -222,6 +228,8 @@ class Lifecycle:
             )
         if fields:
             self._emit("updated", now, rollout_id=rollout_id, changes=fields)
+            if rollout_id in self.state.live:
+                self._watch(rollout_id)
         if status is not None:
             if works:
                 attempt_id = self.state.live[rollout_id].attempt.attempt_id
@@ -300,16 +308,7 @@ class Lifecycle:
         ended long ago.
         """
         weights = {worker_id: self._weight(worker_id) for worker_id in self.state.by_worker}
-        for rollout_id, live in list(self.state.live.items()):
-            config, silent = self.state.rollouts[rollout_id].rollout.config, now - live.last_seen
-            timeout, unresponsive = config.timeout_seconds, config.unresponsive_seconds
-            if timeout is not None and now - live.attempt.start_time > timeout:
-                self._end(live, "timeout", {"reason": f"ran longer than {timeout} s"}, now)
-            elif unresponsive is not None and silent > unresponsive:
-                self._end(live, "unresponsive", {"reason": f"no sign of life for {unresponsive} s"}, now)
-            elif live.leased and silent > self._lease_seconds:
-                silence = f"worker {live.attempt.worker_id} was silent for {self._lease_seconds} s"
-                self._lose(live, silence, now, weight=weights[live.attempt.worker_id])
+        self._deadlines.tick(now, lambda rollout_id, attempt_id: self._look(rollout_id, attempt_id, now, weights))
         if self._retention_seconds is not None:
             self._delete_old(now - self._retention_seconds, now)
 
@@ -365,6 +364,37 @@ class Lifecycle:
             worker_id=worker_id,
             leased=worker_id is not None,
         )
+        self._watch(rollout_id)
+
+    def _watch(self, rollout_id: str) -> None:
+        """Have the live attempt looked at when it may be late."""
+        live = self.state.live[rollout_id]
+        self._deadlines.watch(rollout_id, live.attempt.attempt_id, self._deadline(live))
+
+    def _deadline(self, live: Live) -> float | None:
+        config = self.state.rollouts[live.attempt.rollout_id].rollout.config
+        silence = [config.unresponsive_seconds, self._lease_seconds if live.leased else None]
+        ends = [live.last_seen + seconds for seconds in silence if seconds is not None]
+        if config.timeout_seconds is not None:
+            ends.append(live.attempt.start_time + config.timeout_seconds)
+        return min(ends, default=None)
+
+    def _look(self, rollout_id: str, attempt_id: str, now: float, weights: Mapping[str | None, int]) -> float | None:
+        """End an attempt that is late; otherwise when it may be."""
+        if not self._is_live(rollout_id, attempt_id):
+            return None
+        live, config = self.state.live[rollout_id], self.state.rollouts[rollout_id].rollout.config
+        timeout, unresponsive, silent = config.timeout_seconds, config.unresponsive_seconds, now - live.last_seen
+        if timeout is not None and now - live.attempt.start_time > timeout:
+            self._end(live, "timeout", {"reason": f"ran longer than {timeout} s"}, now)
+        elif unresponsive is not None and silent > unresponsive:
+            self._end(live, "unresponsive", {"reason": f"no sign of life for {unresponsive} s"}, now)
+        elif live.leased and silent > self._lease_seconds:
+            silence = f"worker {live.attempt.worker_id} was silent for {self._lease_seconds} s"
+            self._lose(live, silence, now, weight=weights[live.attempt.worker_id])
+        else:
+            return self._deadline(live)
+        return None
 
     def _end(self, live: Live, status: str, metadata: dict[str, Any], now: float) -> None:
         if metadata.get(INFRASTRUCTURE) and status != "succeeded":
