@@ -9,7 +9,6 @@ server, not here.
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
@@ -17,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from lightning_ray.agent_names import AGENT_HEADER, current_agent_name, to_header
+from lightning_ray.instrumentation.imports import when_imported
 from lightning_ray.otel import format_exception_attributes
 from lightning_ray.semconv import MODEL_CALL_NAMES
 from lightning_ray.traces import ids as trace_ids
@@ -50,10 +50,11 @@ class Client:
     _restore: list[Callable[[], None]] = field(default_factory=list)
 
     def instrument(self, prompts: bool) -> None:
-        """Trace its calls in this process; once is enough."""
-        if self._restore:
-            return
-        base = importlib.import_module(f"{self.package}._base_client")
+        """Trace its calls in this process, from when it is imported; once is enough."""
+        if not self._restore:
+            self._restore.append(when_imported(f"{self.package}._base_client", lambda base: self._wrap(base, prompts)))
+
+    def _wrap(self, base: Any, prompts: bool) -> None:
         for client, wrap in ((base.SyncAPIClient, self._sync), (base.AsyncAPIClient, self._async)):
             original = client.request
             client.request = wrap(original, prompts)

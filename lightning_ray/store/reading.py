@@ -7,16 +7,18 @@ that a short page of a large store is cheap. Nothing here changes the store.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
-import pyarrow.dataset as ds
 
 from lightning_ray.errors import StoreError
 from lightning_ray.store.query import Page, choose, result
 from lightning_ray.store.schema import SPAN_SCHEMA
 from lightning_ray.store.state import RolloutEntry, RunState
 from lightning_ray.types import Attempt, AttemptedRollout, PaginatedResult, ResourcesUpdate, Rollout, Worker
+
+if TYPE_CHECKING:
+    import pyarrow.dataset as ds
 
 ALL = Page()
 _QUEUED = frozenset({"queuing", "requeuing"})
