@@ -24,6 +24,7 @@ from actors.names import shown_name
 from lightning_ray.deaths import Death, Process, death_of, here
 from lightning_ray.deaths.process import Whereabouts
 from lightning_ray.errors import InfrastructureError, LightningRayError, TrainersLostError
+from lightning_ray.loading import uncollected
 from lightning_ray.mirror.nodes import hand_over, present
 from lightning_ray.net import free_port
 from lightning_ray.placement.asks import Ask
@@ -73,9 +74,10 @@ class PolicyTrainer:
         """Import verl, join the other ranks and load the model: seconds to minutes."""
         for model in (self.settings.model_path, self.settings.reference.model):
             present(Path(model or self.settings.model_path))
-        from lightning_ray.policy.update import PolicyUpdater
+        with uncollected():
+            from lightning_ray.policy.update import PolicyUpdater
 
-        self.updater = PolicyUpdater(self.settings, self.rank, self.world_size, master_address, master_port)
+            self.updater = PolicyUpdater(self.settings, self.rank, self.world_size, master_address, master_port)
 
     def update(self, batch: pa.Table, version: int | None = None) -> dict[str, float]:
         return self.updater.update(batch, version)

@@ -9,7 +9,6 @@ restarts or joins later never serves old weights.
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import time
 import uuid
@@ -29,6 +28,7 @@ from lightning_ray.capture.conversations import Attempt, Conversations
 from lightning_ray.capture.edge import Backend, CaptureEdge, Limits
 from lightning_ray.capture.engine import CapturedEngine
 from lightning_ray.config import EngineSettings
+from lightning_ray.loading import uncollected
 from lightning_ray.metrics.replica import ReplicaMetrics
 from lightning_ray.mirror.nodes import present
 from lightning_ray.policy.adapter_serving import AdapterRequests, with_adapter
@@ -87,6 +87,10 @@ class Policy:
 
     async def __serve_build_asgi_app__(self) -> CaptureEdge:
         """Start the engine and wrap vLLM's own app."""
+        with uncollected():
+            return await self._build()
+
+    async def _build(self) -> CaptureEdge:
         with handlers_kept():
             from vllm.engine.arg_utils import AsyncEngineArgs
             from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -119,7 +123,6 @@ class Policy:
         limits = Limits(settings.max_body_mb * 2**20, settings.max_calls_per_attempt)
         backend = Backend(self._ready, lambda: self.describe()["version"], self.status, self.audience, self.model_name)
         self._reporting = asyncio.create_task(self.metrics.report())
-        gc.freeze()  # what was imported and loaded is here to stay, and not to be gone through again and again
         return CaptureEdge(app, self.secret, self._append, backend, limits)
 
     async def _vouch(self, loaded: Loaded) -> None:
