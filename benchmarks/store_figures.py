@@ -88,7 +88,8 @@ class Tested:
         return result
 
     async def settled(self) -> None:
-        """Wait until compaction has caught up: nothing in the folder has changed for some seconds."""
+        """Compact what rests, and wait until nothing in the folder has changed for some seconds."""
+        await self.client.compact()
         end, quiet, before = time.monotonic() + PATIENCE_SECONDS, time.monotonic(), self.sizes()
         while time.monotonic() < min(end, quiet + QUIET_SECONDS):
             await asyncio.sleep(0.2)

@@ -17,7 +17,7 @@ from rich.console import Console
 from lightning_ray.cluster import no_ray
 from lightning_ray.commands.doctor_events import show_events
 from lightning_ray.deaths import Death, Process, death_of, told_of
-from lightning_ray.deaths.evidence import Evidence, gather, log_end
+from lightning_ray.deaths.evidence import GONE, Evidence, gather, log_end
 from lightning_ray.deaths.exits import Exits, in_words
 from lightning_ray.deaths.told import Told
 from lightning_ray.deaths.watch import role_of, untold
@@ -91,7 +91,8 @@ def test_what_a_part_raised_is_its_cause() -> None:
         (Evidence("exited with code 3", "", 3), "it exited with code 3", False),
         (Evidence(None, "a | b", None), "its process ended without a word to Ray; last lines of its log: a | b", False),
         (Evidence(), "without a word to Ray: SIGKILL, by hand or for want of memory", False),
-        (Evidence(missing="its node is gone"), "its process ended without a word to Ray (its node is gone)", False),
+        (Evidence(missing="it did not tell"), "its process ended without a word to Ray (it did not tell)", False),
+        (GONE, "its node died, and its log is gone with it", False),
     ],
 )
 def test_a_wordless_end_is_told_by_evidence(evidence: Evidence, cause: str, advice: bool) -> None:

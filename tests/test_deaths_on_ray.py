@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("ray")
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lightning_ray.deaths import Death, Process, death_of, here
 from lightning_ray.deaths import watch as watch_module
@@ -61,9 +62,10 @@ async def test_parts_that_ray_starts_again_and_nodes_are_told_once(
     monkeypatch.setattr(watch_module, "WATCH_SECONDS", 0.2)
     told: list[Death] = []
     watch = DeathWatch(told.append, list, told.append)
-    store = Part.options(max_restarts=-1, max_task_retries=-1).remote()
+    on_head = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    store = Part.options(max_restarts=-1, max_task_retries=-1, scheduling_strategy=on_head).remote()
     away = Part.options(resources={"other": 0.1}).remote()
-    ended = Part.remote()
+    ended = Part.options(scheduling_strategy=on_head).remote()
     places = [await part.where.remote() for part in (store, away, ended)]
     watch.know(store, "span store", "")
     watch.know(away, "policy replica", "ab12")

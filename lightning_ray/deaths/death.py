@@ -96,6 +96,8 @@ def short_of_memory(process: Process, told: Told, evidence: Evidence) -> bool:
 
 def cause_in_words(process: Process, told: Told, evidence: Evidence) -> str:
     """Why, and the last lines of the log, if there are any."""
+    if evidence.node_died and told.kind in ("wordless", "lost"):
+        return f"its node died, and {evidence.missing}"
     why = _wordless(process, told, evidence) if told.kind == "wordless" else told.words
     said = f"; last lines of its log: {evidence.words}" if evidence.words else ""
     return f"{why}{said}{f' ({evidence.missing})' if evidence.missing else ''}"

@@ -39,6 +39,10 @@ class Evidence:
     """Processes of the node that the kernel killed for want of memory, ever."""
     missing: str = ""
     """Why nothing could be learned."""
+    node_died: bool = False
+
+
+GONE = Evidence(missing="its log is gone with it", node_died=True)
 
 
 def gather(pid: int | None, log: str | None) -> Evidence:
@@ -54,16 +58,24 @@ def gathered(process: Process) -> Evidence:
 
     if is_here(process.node_id):
         return gather(process.pid, process.log)
-    node = next((node for node in ray.nodes() if node["NodeID"] == process.node_id), None)
-    if node is None or not node["Alive"]:
-        return Evidence(missing="its node is gone, and its log with it")
+    if not _lives(process.node_id):
+        return GONE
     there = NodeAffinitySchedulingStrategy(str(process.node_id), soft=False)
     task: Any = ray.remote(gather).options(num_cpus=0, scheduling_strategy=there, max_retries=0)
     try:
         found: Evidence = ray.get(task.remote(process.pid, process.log), timeout=ANSWER_SECONDS)
         return found
     except Exception as error:
+        if not _lives(process.node_id):  # Ray takes seconds to notice
+            return GONE
         return Evidence(missing=f"its node did not tell more ({type(error).__name__})")
+
+
+def _lives(node_id: str | None) -> bool:
+    """Whether a node is up, as far as Ray knows."""
+    import ray
+
+    return any(node["NodeID"] == node_id and node["Alive"] for node in ray.nodes())
 
 
 def is_here(node_id: str | None) -> bool:

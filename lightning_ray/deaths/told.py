@@ -45,6 +45,8 @@ def told_of(error: BaseException | str) -> Told:
         return Told("node", f"its node died{f': {how.group(1)}' if how else ''}"[:MAX_SHOWN])
     if "ray.kill" in text or "INTENDED_SYSTEM_EXIT" in text:
         return Told("killed", "killed by ray.kill")
+    if "is temporarily unavailable" in text:
+        return Told("lost", "it no longer answers")
     return _exit_told(text) or Told("lost", _last_line(text) or type(error).__name__)
 
 

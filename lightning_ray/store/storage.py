@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -39,14 +40,17 @@ from lightning_ray.types import TERMINAL_ROLLOUT
 
 FILE_BYTES = 64 * 2**20
 _MANY_LOGS = 8
-"""With more closed log files than these, compaction steps back no longer: the disk is finite."""
+"""Of more closed log files the older half is compacted, rested or not; of twice as many, without stepping back behind
+other work: the disk is finite.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Compaction:
     """How the log becomes segments.
 
-    ``segment_bytes`` is about how much of the log one segment takes in at most; one of less than an eighth of
+    A log file rests for ``rest_seconds`` after its last record: what ends meanwhile is read from it as it lies there,
+    which takes a tenth of what a segment does. ``segment_bytes`` is about how much of the log one segment takes in at most; one of less than an eighth of
     it is merged with what follows. Segments with deleted rollouts are rewritten ``rewrite_seconds`` after the
     last deletion. A compaction that fails is tried again after ``retry_seconds``. Closing compacts what is left,
     but for what takes longer than ``close_seconds``.
@@ -54,6 +58,7 @@ class Compaction:
 
     background: bool = True
     on_close: bool = True
+    rest_seconds: float = 60.0
     segment_bytes: int = 4 * FILE_BYTES
     rewrite_seconds: float = 10.0
     retry_seconds: float = 30.0
@@ -205,20 +210,27 @@ class Storage:
 
     def _next_task(self) -> Task | None:
         closed = [number for number in log_numbers(self._folder) if number < self._log.number]
-        logs = [number for number in closed if number > self._manifest.covered]
+        waiting = [number for number in closed if number > self._manifest.covered]
+        logs = waiting if self._forced else self._rested(waiting)
         segments = self.index.segments
         if logs:
             taken = self._bounded(logs)
             last = segments[-1] if segments else None
             small = last is not None and last.raw_bytes < self._settings.segment_bytes // 8
             task = self._task([last] if small and last is not None else [], taken)
-            return replace(task, niceness=0) if len(logs) > _MANY_LOGS else task
+            return replace(task, niceness=0) if len(waiting) > 2 * _MANY_LOGS else task
         quiet = time.monotonic() - self._deleted_at >= self._settings.rewrite_seconds
         if quiet or self._forced:
             for segment in segments:
                 if segment.dropped:
                     return self._task([segment], [])
         return None
+
+    def _rested(self, logs: list[int]) -> list[int]:
+        if len(logs) > _MANY_LOGS:
+            return logs[: -_MANY_LOGS // 2]
+        before = time.time() - self._settings.rest_seconds
+        return list(takewhile(lambda number: log_path(self._folder, number).stat().st_mtime <= before, logs))
 
     def _bounded(self, logs: list[int]) -> list[int]:
         size = 0
