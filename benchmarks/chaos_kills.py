@@ -26,10 +26,11 @@ class Struck(NamedTuple):
 
 
 async def runner(scene: Scene) -> Struck:
-    """The runner that plays most. Back: as many play as before, and what it lost is played again or has ended."""
+    """The runner that plays most. Back: see ``runners_back``."""
     playing = await scene.playing()
     victim = max(actors("RunnerActor"), key=lambda actor: len(playing.get(actor.name, ())))
-    return Struck(kill(victim.pid), runners_back(scene, {victim.name: playing.get(victim.name, [])}))
+    at = kill(victim.pid)
+    return Struck(at, runners_back(scene, at, {victim.name: playing.get(victim.name, [])}))
 
 
 async def store(scene: Scene) -> Struck:
@@ -99,13 +100,14 @@ async def node(scene: Scene) -> Struck:
     playing = await scene.playing()
     names = {actor.name for actor in held[victim]}
     lost = {actor.name: playing.get(actor.name, []) for actor in actors("RunnerActor") if actor.name in names}
-    backs = [runners_back(scene, lost)]
+    backs: list[Question] = []
     members = await scene.replicas()
     if taken := {m["replica_id"] for m in members if m["pid"] in {actor.pid for actor in held[victim]}}:
         backs.append(await replicas_back(scene, len(members), taken))
     if any(actor.name in names for actor in actors("PolicyTrainer")):
         backs.append(ranks_back(scene))
     at = scene.nodes.kill(victim)
+    backs.append(runners_back(scene, at, lost))
 
     async def back() -> bool:
         return all([await each() for each in backs])
@@ -138,12 +140,16 @@ def haproxy_of(manager: Actor) -> list[psutil.Process]:
     return sorted(found, key=lambda process: process.create_time())
 
 
-def runners_back(scene: Scene, lost: dict[str, list[str]]) -> Question:
-    """Whether as many runners play without these, and what each of them lost is played again or has ended."""
+def runners_back(scene: Scene, at: float, lost: dict[str, list[str]]) -> Question:
+    """Whether as many runners as before play or have asked for rollouts since, and what each of the lost ones played is
+    played again or has ended.
+    """
 
     async def back() -> bool:
         playing = await scene.playing()
-        if len(playing.keys() - lost.keys()) < RUNNERS:
+        workers = await scene.store.query_workers()
+        asked = {worker.worker_id for worker in workers if (worker.last_dequeue_time or 0.0) > at}
+        if len((playing.keys() | asked) - lost.keys()) < RUNNERS:
             return False
         rollouts = [rollout_id for ids in lost.values() for rollout_id in ids]
         played = {rollout_id for worker, ids in playing.items() if worker not in lost for rollout_id in ids}

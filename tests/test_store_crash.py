@@ -141,7 +141,7 @@ def test_a_store_killed_at_any_moment_has_all_it_acknowledged_once(tmp_path: Pat
     context.set_forkserver_preload([__name__])
     rng = random.Random(how)
     acknowledged, resend = Acknowledged(), list[tuple[str, str, int]]()
-    in_child = Compaction(segment_bytes=4 * FILE_BYTES, rewrite_seconds=0.0, retry_seconds=0.0)
+    in_child = Compaction(rest_seconds=0.0, segment_bytes=4 * FILE_BYTES, rewrite_seconds=0.0, retry_seconds=0.0)
     compaction = in_child if how == "in a child" else BY_HAND
     kills = KILLS // 4 if how == "in a child" else KILLS
     compactions = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 import threading
@@ -333,6 +334,32 @@ def test_a_child_that_dies_is_noted_and_tried_again(tmp_path: Path, monkeypatch:
     assert content(store) == before
     store.close()
     assert content_of(tmp_path) == before
+
+
+def test_a_log_file_rests_before_it_is_compacted(tmp_path: Path) -> None:
+    store = SpanStore(tmp_path, file_bytes=1, compaction=Compaction(on_close=False))
+    run(store, "a")
+    [*closed, last] = sorted((tmp_path / "log").glob("*.log"))
+    store.maintain()
+    assert store.storage._job is None
+    for path in (*closed[:1], *closed[2:]):
+        os.utime(path, (time.time() - 61, time.time() - 61))
+    _maintain(store, lambda: bool(segments(tmp_path)) and not closed[0].exists())
+    store.maintain()
+    assert store.storage._job is None
+    assert sorted((tmp_path / "log").glob("*.log")) == [*closed[1:], last]
+    store.close()
+
+
+def test_of_many_log_files_the_older_half_is_compacted_without_rest(tmp_path: Path) -> None:
+    store = SpanStore(tmp_path, file_bytes=1, compaction=Compaction(on_close=False))
+    for number in range(20):
+        enqueue(store, f"ro-{number}")
+    before = content(store)
+    _maintain(store, lambda: len(list((tmp_path / "log").glob("*.log"))) <= 5)
+    store.maintain()
+    assert store.storage._job is None and content(store) == before
+    store.close()
 
 
 def _maintain(store: SpanStore, until: Any) -> None:

@@ -50,10 +50,10 @@ class Compaction:
     """How the log becomes segments.
 
     A log file rests for ``rest_seconds`` after its last record: what ends meanwhile is read from it as it lies there,
-    which takes a tenth of what a segment does. ``segment_bytes`` is about how much of the log one segment takes in at most; one of less than an eighth of
-    it is merged with what follows. Segments with deleted rollouts are rewritten ``rewrite_seconds`` after the
-    last deletion. A compaction that fails is tried again after ``retry_seconds``. Closing compacts what is left,
-    but for what takes longer than ``close_seconds``.
+    which takes a tenth of what a segment does. ``segment_bytes`` is about how much of the log one segment takes in at
+    most; one of less than an eighth of it is merged with what follows. Segments with deleted rollouts are rewritten
+    ``rewrite_seconds`` after the last deletion. A compaction that fails is tried again after ``retry_seconds``. Closing
+    compacts what is left, but for what takes longer than ``close_seconds``.
     """
 
     background: bool = True
