@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 import subprocess
 import sys
@@ -136,6 +137,20 @@ def test_a_worker_is_set_up_and_labelled_for_what_it_has(gpu: bool, tmp_path: Pa
     assert (ROOT / "requirements" / f"{role}.txt").is_file()
     (tmp_path / "ray_bootstrap_config.yaml").touch()
     assert evaluated(setup, "KIND") == "gpu"  # the head, whatever it has
+
+
+@pytest.mark.parametrize(("provider", "newer"), [("aws", "1"), ("local", "0")])
+def test_the_autoscaler_is_one_that_starts_every_worker(provider: str, newer: str, tmp_path: Path) -> None:
+    config = with_provider(provider)
+    [expression] = re.findall(r'RAY_enable_autoscaler_v2=("\$\(.*?\)")', start_of(config, "head"))
+    (tmp_path / "ray_bootstrap_config.yaml").write_text(json.dumps(prepared(config)))  # as Ray writes it
+    done = subprocess.run(
+        ["bash", "-c", f"echo {expression}"],
+        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == newer
 
 
 def test_nothing_listens_that_need_not_and_all_ask_for_the_token() -> None:

@@ -30,6 +30,10 @@ backend default_backend
     http-request return status 404 content-type text/plain string "not found"
 backend known
     server one 127.0.0.1:1
+frontend prometheus
+    bind :{metrics}
+listen stats
+  bind *:{statistics}
 """
 KEEPER = "import subprocess, sys, time; print(subprocess.Popen(sys.argv[1:]).pid, flush=True); time.sleep(60)"
 
@@ -38,10 +42,13 @@ class Door:
     """HAProxy by our wrapper, kept by a process of its own."""
 
     def __init__(self, folder: Path, rules: str = ""):
-        wrapper = haproxy_environment(folder)["RAY_SERVE_HAPROXY_BINARY_PATH"]
+        told = haproxy_environment(folder)
         self.port = free_port("127.0.0.1")
+        self.own = [told[f"RAY_SERVE_HAPROXY_{name}_PORT"] for name in ("METRICS", "STATS")]
         self.config = folder / "door.cfg"
-        self.config.write_text(CONFIG.format(port=self.port, rules=rules))
+        metrics, statistics = self.own
+        self.config.write_text(CONFIG.format(port=self.port, rules=rules, metrics=metrics, statistics=statistics))
+        wrapper = told["RAY_SERVE_HAPROXY_BINARY_PATH"]
         command = [sys.executable, "-c", KEEPER, wrapper, "-db", "-f", str(self.config)]
         self.keeper = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self.keeper.stdout is not None
@@ -85,7 +92,12 @@ def test_a_door_that_knows_no_application_yet_cannot_answer_and_ends_with_its_ke
     door = Door(tmp_path, rules)
     try:
         assert door.status() == status
-        assert f"bind 127.0.0.1:{door.port}" in door.config.read_text()
+        listening = {
+            (at.laddr.ip, str(at.laddr.port)) for at in door.haproxy.net_connections() if at.status == "LISTEN"
+        }
+        assert listening == {("0.0.0.0", str(door.port)), *(("127.0.0.1", port) for port in door.own)}, (
+            "what is for other nodes must be heard there, and nothing else"
+        )
     finally:
         door.kill_keeper()
         assert door.has_ended()
