@@ -155,7 +155,10 @@ class Cluster:
         view = await ask_ray(look, not self.owned)
         self.places = Places(self.places.placement, view.labels())
         asks, here = wanted.asks(self.places.placement, view.labels()), ray_node_id()
-        check_heard(wanted.engines.values(), asks, view.grown(1), here)
+        hosts = [engine.host for engine in wanted.engines.values()]
+        check_heard("engine.host", hosts, asks, view.grown(1), here)
+        if self._relays and not hosts:
+            check_heard("placement.relay_host", [self.places.placement.relay_host], asks, view.grown(1), here)
         await make_room(asks, view, self.places.placement.wait_seconds, note)
         readers = [ask for ask in asks if ask.role in ("trainer", "policy")]
         for what, folder in seen.items() if readers else ():
@@ -253,7 +256,7 @@ class Cluster:
         served = f"{self._name}-relay"
         self._applications.append(served)
         if not self._deployed:
-            await self._start_serve(EngineSettings())
+            await self._start_serve(EngineSettings(host=self.places.placement.relay_host))
         await deployed(application, served, route, RELAY_SECONDS, "the relay deployment")
         return {
             name: ProxyLLM(endpoint=f"{serve_address()}{route}/to/{name}/v1", model=upstream.model or name)

@@ -20,7 +20,7 @@ from lightning_ray.deaths import Death, Process, death_of, told_of
 from lightning_ray.deaths.evidence import GONE, Evidence, gather, log_end
 from lightning_ray.deaths.exits import Exits, in_words
 from lightning_ray.deaths.told import Told
-from lightning_ray.deaths.watch import role_of, untold
+from lightning_ray.deaths.watch import DeathWatch, Known, role_of, untold
 from lightning_ray.errors import TrainersLostError
 from lightning_ray.run.events import Events, read_events
 
@@ -211,3 +211,20 @@ def test_a_death_that_several_calls_find_is_told_once(tmp_path: Path) -> None:
     for pid in (7, 7, 8):
         events.death(death_of(Process("trainer rank", "trainer rank 0", pid), "killed", Evidence()))
     assert len(said) == 2 and [event["pid"] for event in read_events(tmp_path)] == [7, 8]
+
+
+def test_a_look_that_is_under_way_is_broken_off_when_the_watch_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would call a Ray that is being shut down."""
+    watch, seen = DeathWatch(lambda death: None, list, lambda death: None), list[str]()
+    watch._known = {name: Known(Process("relay", name)) for name in ("one", "two", "three")}
+    for what in ("_look_at_nodes", "_find"):
+        monkeypatch.setattr(watch, what, lambda: None)
+
+    def look_at(name: str) -> None:
+        seen.append(name)
+        if name == "two":
+            watch.stop()
+
+    monkeypatch.setattr(watch, "_look_at", look_at)
+    watch._look()
+    assert seen == ["one", "two"]

@@ -206,13 +206,16 @@ def test_a_policy_on_loopback_is_refused_where_runners_may_be_elsewhere() -> Non
 
     def check_of(*nodes: Node, engine: EngineSettings | None = None) -> None:
         asks = wanted.asks(Placement(), [each.labels for each in nodes])
-        check_heard([engine or EngineSettings()], asks, nodes, "a")
+        check_heard("engine.host", [(engine or EngineSettings()).host], asks, nodes, "a")
 
     check_of(head)
     check_of(head, same)
     check_of(head, on("10.0.0.2", "c", RUNNER, cpus=0))
     check_of(head, same, on("10.0.0.2", "c", GPU))
     check_of(head, other, engine=EngineSettings(host="0.0.0.0"))
+    asks = wanted.asks(Placement(), [HEAD, RUNNER])
+    with pytest.raises(ConfigError, match=r"placement\.relay_host='127.* set placement\.relay_host='0\.0\.0\.0' where"):
+        check_heard("placement.relay_host", [Placement().relay_host], asks, [head, other], "a")
     for host in ("127.0.0.1", "localhost", "::1"):
         with pytest.raises(
             ConfigError, match=r"engine\.host='.*' is heard on this node \(10\.0\.0\.1\) alone, .* 10\.0\.0\.2"

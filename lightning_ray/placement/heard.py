@@ -1,29 +1,28 @@
-"""Whether agents on other nodes reach the policy, which listens at the driver's node."""
+"""Whether agents on other nodes reach the policy or the relay, which listen at the driver's node."""
 
 from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterable, Sequence
 
-from lightning_ray.config import EngineSettings
 from lightning_ray.errors import ConfigError
 from lightning_ray.placement.asks import Ask
 from lightning_ray.placement.view import Node
 
 
-def check_heard(engines: Iterable[EngineSettings], asks: Sequence[Ask], nodes: Sequence[Node], here: str) -> None:
-    """Raises ConfigError if an engine listens on loopback alone and runners may go to nodes with another address.
+def check_heard(setting: str, hosts: Iterable[str], asks: Sequence[Ask], nodes: Sequence[Node], here: str) -> None:
+    """Raises ConfigError if one of the ``hosts`` is loopback and runners may go to nodes with another address.
 
-    ``here`` is this node's id. Simulated nodes of one machine have one address.
+    ``setting`` is what says the hosts; ``here`` is this node's id. Simulated nodes of one machine have one address.
     """
-    deaf = next((engine.host for engine in engines if is_loopback(engine.host)), None)
+    deaf = next((host for host in hosts if is_loopback(host)), None)
     own = next((node.address for node in nodes if node.node_id == here), None)
     runners = [ask for ask in asks if ask.role == "runner"]
     elsewhere = [node.address for node in nodes if node.address != own and node.may_hold(runners)]
     if deaf is not None and own is not None and elsewhere:
         raise ConfigError(
-            f"engine.host={deaf!r} is heard on this node ({own}) alone, and runners may go to {', '.join(elsewhere)}: "
-            "set engine.host='0.0.0.0' where the nodes' network is private, or keep runners here by "
+            f"{setting}={deaf!r} is heard on this node ({own}) alone, and runners may go to {', '.join(elsewhere)}: "
+            f"set {setting}='0.0.0.0' where the nodes' network is private, or keep runners here by "
             "placement.runner.label"
         )
 

@@ -52,6 +52,8 @@ class Placement(Settings):
     trainer: RolePlacement = RolePlacement()
     ranks: Literal["pack", "strict-pack", "spread", "strict-spread"] = "pack"
     """How a policy's trainer ranks share nodes: on few, on one, on many, each on its own."""
+    relay_host: str = "127.0.0.1"
+    """Where the relay listens in a run without a policy; beside one it listens where ``engine.host`` says."""
     wait_seconds: float = Field(default=900.0, ge=0)
     """How long a run waits for room: for nodes that the autoscaler adds, or that others leave."""
 
