@@ -57,7 +57,8 @@ class Reporter:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def start_steps(self, done: int, total: int) -> None:
-        """Open the bar of the training steps."""
+        """Open the bar of the training steps; anew, where some are to be made again."""
+        self.end_steps()
         self._steps, self._began = (done, total), time.perf_counter()
         if not self.console.is_terminal:
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -333,6 +334,26 @@ def test_each_step_is_one_line_where_there_is_no_terminal() -> None:
     first, second = out.getvalue().splitlines()
     assert first.startswith("step 1/30  reward 0.12  val 0.50  sampled 12346 tok/s  trained 2346 tok/s  swap 123 ms")
     assert second.startswith("step 2/30  reward  -    sampled 12346 tok/s  left ")
+
+
+def test_a_bar_that_begins_anew_replaces_the_one_before() -> None:
+    out = io.StringIO()
+    report = Reporter(Console(file=out, force_terminal=True, width=100))
+    before = sys.stdout
+    report.start_steps(0, 30)
+    report.start_steps(3, 30)
+    report.end_steps()
+    assert sys.stdout is before, "a live bar that is not stopped keeps the terminal"
+
+
+def test_what_is_left_is_reckoned_from_the_steps_since_the_bar_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 1000.0, 1010.0])
+    monkeypatch.setattr("lightning_ray.progress.time.perf_counter", lambda: next(clock))
+    report, out = reporter()
+    report.start_steps(0, 30)
+    report.start_steps(10, 30)
+    report.step({**STEP, "step": 10}, None)
+    assert out.getvalue().rstrip().endswith("left 3m10s"), "19 steps of ten seconds"
 
 
 def test_the_line_tells_more_where_there_is_room() -> None:
