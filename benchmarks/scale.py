@@ -51,7 +51,9 @@ FULL = (
     *(Point(10_000, nodes=nodes, line=False) for nodes in (1, 2, 4)),
 )
 """Nodes are simulated on one machine; real ones have no line to the store but Ray, so these have none either."""
-WINDOWS = {True: Window(settle=4.0, seconds=15.0), False: Window(settle=3.0, seconds=12.0)}
+SHORT, QUICK_WINDOW = Window(settle=3.0, seconds=12.0), Window(settle=4.0, seconds=15.0)
+LONG = Window(settle=60.0, seconds=60.0)
+"""Of a full run's headline: log files that have rested for a minute are compacted in it."""
 HERE = Path(__file__).parent
 COLUMNS = {
     "rollouts/s": "rollouts_per_s",
@@ -82,7 +84,7 @@ def main() -> None:
     logging.getLogger("actors.runner_pool").setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with contextlib.redirect_stdout(sys.stderr), bar() as progress:
-        points = measured(QUICK if given.quick else FULL, WINDOWS[given.quick], progress)
+        points = measured(QUICK if given.quick else FULL, given.quick, progress)
     figures = {**headline(points), **circumstances(given.quick), "points": points}
     if not given.quick:
         (HERE / "scale.json").write_text(json.dumps(figures, indent=1) + "\n")
@@ -92,7 +94,7 @@ def main() -> None:
     print(json.dumps(figures))
 
 
-def measured(points: Sequence[Point], window: Window, progress: Progress) -> list[Figures]:
+def measured(points: Sequence[Point], quick: bool, progress: Progress) -> list[Figures]:
     """The points' figures; those of as many nodes share a Ray."""
     found = []
     for nodes in sorted({point.nodes for point in points}):
@@ -104,6 +106,7 @@ def measured(points: Sequence[Point], window: Window, progress: Progress) -> lis
                     progress.update(line, told=told)
                     progress.refresh()
 
+                window = QUICK_WINDOW if quick else LONG if point == MANY else SHORT
                 found.append(asyncio.run(measure(folder, point, window, tell)))
                 progress.update(line, total=1, completed=1)
                 tell(f"{found[-1]['rollouts_per_s']} rollouts/s")
