@@ -259,7 +259,8 @@ class PolicyTrainerGroup:
             ranks = sorted(pending[task] for task in silent)
             raise TrainersLostError(
                 f"trainer rank {ranks} did not answer {method!r} within {timeout:g} s: alive, but at work or stuck. "
-                "If the work is large, give a longer timeout; else resume from the last checkpoint"
+                "If the work is large, give a longer timeout; else resume from the last checkpoint",
+                silent=True,
             )
         return [task.result() for task in pending]
 

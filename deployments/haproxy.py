@@ -33,7 +33,8 @@ _WRAPPER = """#!/bin/sh
 for argument in "$@"; do
     case "$argument" in
     *.cfg)
-        sed -i -E 's/bind [*]?:({ports})$/bind 127.0.0.1:\\1/' "$argument"
+        own="$RAY_SERVE_HAPROXY_METRICS_PORT|$RAY_SERVE_HAPROXY_STATS_PORT"
+        sed -i -E "s/bind [*]?:($own)\\$/bind 127.0.0.1:\\1/" "$argument"
         grep -q '^ *use_backend' "$argument" || sed -i 's/return status 404/return status 503/' "$argument"
         ;;
     esac
@@ -51,9 +52,7 @@ def haproxy_environment(folder: Path) -> dict[str, str]:
 
     folder.mkdir(parents=True, exist_ok=True)
     wrapper = folder / "haproxy.sh"
-    metrics, statistics = (str(free_port("127.0.0.1")) for _ in range(2))
-    ports = f"{metrics}|{statistics}"
-    wrapper.write_text(_WRAPPER.format(binary=shlex.quote(get_haproxy_binary()), ports=ports))
+    wrapper.write_text(_WRAPPER.format(binary=shlex.quote(get_haproxy_binary())))
     wrapper.chmod(0o755)
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -63,8 +62,8 @@ def haproxy_environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": metrics,
-        "RAY_SERVE_HAPROXY_STATS_PORT": statistics,
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port("127.0.0.1")),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port("127.0.0.1")),
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(BUFFER_BYTES),
         "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": f"hash '{KEY}'\n    hash-type consistent\n    {BUFFERED}",

@@ -62,8 +62,8 @@ LOGICAL_CPUS = 16
 OBJECT_STORE_BYTES = 2**30
 """Room for the weights of a small model, twice; memory is taken as it is used."""
 STOP_SECONDS = 8.0
-ASKED_SECONDS = 5.0
-"""For what threads are asking Ray, before it is shut down."""
+ASKED_SECONDS = 11.0
+"""For what threads are asking Ray, before it is shut down: another node, why a part of it died."""
 RELAY_SECONDS = 120.0
 LEASE_SECONDS = 30.0
 """How long a runner may be silent (it beats every two seconds) before its rollouts are played elsewhere."""
@@ -335,7 +335,7 @@ class Cluster:
         self.runners.start()
 
     async def stop(self) -> None:
-        """End everything that this run started; nothing is left behind. Takes at most some ten seconds."""
+        """End everything that this run started; nothing is left behind. Takes at most some twenty seconds."""
         import ray
 
         if self._deaths is not None:
@@ -345,8 +345,8 @@ class Cluster:
             with suppress(Exception):  # a part that does not end is ended below, or by its owner's end
                 async with asyncio.timeout(STOP_SECONDS):
                     await self._stop_actors()
-            await leave_serve()
             await until_nobody_asks(ASKED_SECONDS)
+            await leave_serve()
             ray.shutdown()  # in this thread: nothing of this loop may call Ray meanwhile
         end_processes(grown)
         if self._scratch is not None:
@@ -358,11 +358,11 @@ class Cluster:
             await self.runners.stop()
         for trainers in self._trainers.values():
             trainers.stop()
-        await asyncio.gather(*(actor.close.remote() for actor in self._store_actors), return_exceptions=True)
         from ray import serve
 
-        for application in self._applications if not self.owned else ():
-            await ask_ray(serve.delete, application)
+        closing = [actor.close.remote() for actor in self._store_actors]
+        deleting = [ask_ray(serve.delete, application) for application in self._applications if not self.owned]
+        await asyncio.gather(*closing, *deleting, return_exceptions=True)
 
 
 def ray_node_id() -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from lightning_ray.config import EngineSettings
 from lightning_ray.errors import InfrastructureError
 from lightning_ray.placement.places import Places
-from lightning_ray.threads import ask_ray
+from lightning_ray.threads import ask_ray, in_thread
 from lightning_ray.waiting import waiting
 
 QUIET = {
@@ -75,7 +75,7 @@ async def deployed(application: Any, name: str, route: str, seconds: float, what
     """
     from ray import serve
 
-    running = ask_ray(partial(serve.run, application, name=name, route_prefix=route))
+    running = in_thread(partial(serve.run, application, name=name, route_prefix=route))
     try:
         return await within(running, seconds, what)
     except InfrastructureError as error:

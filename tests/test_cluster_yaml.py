@@ -146,7 +146,7 @@ def test_the_autoscaler_is_one_that_starts_every_worker(provider: str, newer: st
     (tmp_path / "ray_bootstrap_config.yaml").write_text(json.dumps(prepared(config)))  # as Ray writes it
     done = subprocess.run(
         ["bash", "-c", f"echo {expression}"],
-        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "RAY_enable_autoscaler_v2": "1"},  # as ray up has it
         capture_output=True,
         text=True,
     )

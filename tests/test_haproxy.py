@@ -50,7 +50,7 @@ class Door:
         self.config.write_text(CONFIG.format(port=self.port, rules=rules, metrics=metrics, statistics=statistics))
         wrapper = told["RAY_SERVE_HAPROXY_BINARY_PATH"]
         command = [sys.executable, "-c", KEEPER, wrapper, "-db", "-f", str(self.config)]
-        self.keeper = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self.keeper = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | told)
         assert self.keeper.stdout is not None
         self.haproxy = psutil.Process(int(self.keeper.stdout.readline()))
 

@@ -56,6 +56,17 @@ class RunRollouts:
         self._failure = failure
         self._timeout = timeout_seconds
         self._max_attempts = max_attempts
+        self.resume()
+
+    def interrupt(self, error: InfrastructureError) -> None:
+        """Have all who wait for rollouts raise this, until ``resume``: what rollouts need to end is lost."""
+        if not self._interruption.done():
+            self._interruption.set_exception(error)
+            self._interruption.exception()
+
+    def resume(self) -> None:
+        """Rollouts can be waited for again."""
+        self._interruption: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def cancel_leftovers(self) -> None:
         """Rollouts that an interrupted run left open are played again under new ids."""
@@ -81,12 +92,12 @@ class RunRollouts:
 
     async def wait_for(self, rollout_ids: Sequence[str]) -> None:
         """Return when all rollouts have ended. Raises InfrastructureError past the deadline that their own limits
-        set, or when the runners fail.
+        set, or when the runners fail, and whatever ``interrupt`` is given.
         """
         deadline = self._timeout * self._max_attempts + SPARE_SECONDS
         ending = self._store.wait_for_rollouts(rollout_ids=rollout_ids, timeout=deadline)
         with waiting(f"{len(rollout_ids)} rollouts"):
-            ended = await self._unless_runners_fail(ending, deadline + ANSWER_SECONDS)
+            ended = await self._unless_broken_off(ending, deadline + ANSWER_SECONDS)
         if len(ended) < len(rollout_ids):
             rollouts = await self._store.query_rollouts(rollout_id_in=rollout_ids)
             states = dict(Counter(r.status for r in rollouts if r.status not in TERMINAL_ROLLOUT))
@@ -99,13 +110,14 @@ class RunRollouts:
         """Rollouts that have ended, in the order of their ids."""
         return await read_ended(self._store, rollout_ids)
 
-    async def _unless_runners_fail(self, waiting: Awaitable[T], deadline: float) -> T:
+    async def _unless_broken_off(self, waiting: Awaitable[T], deadline: float) -> T:
         task: asyncio.Future[T] = asyncio.ensure_future(waiting)
-        either: list[asyncio.Future[Any]] = [task, self._failure]
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED, timeout=deadline)
-        if self._failure.done():
-            task.cancel()
-            self._failure.result()
+        breaks: list[asyncio.Future[Any]] = [self._failure, self._interruption]
+        await asyncio.wait([task, *breaks], return_when=asyncio.FIRST_COMPLETED, timeout=deadline)
+        for each in breaks:
+            if each.done():
+                task.cancel()
+                each.result()
         if not task.done():
             task.cancel()
             raise InfrastructureError(f"the span store did not answer within {deadline:.0f} s")

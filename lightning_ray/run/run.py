@@ -118,7 +118,9 @@ class Run:
         models = await initial_models({**trained, **frozen}, self.folder, self._resume, self.reporter)
         await self._mirrored("the model")  # from where other nodes get it
         self.policies = {
-            name: TrainedPolicy(self.cluster, own, self.state.policy(name), self.reporter.note, name)
+            name: TrainedPolicy(
+                self.cluster, own, self.state.policy(name), self.reporter.note, name, self._rollouts.interrupt
+            )
             for name, own in trained.items()
         }
         with self.reporter.stage("engine and trainer up" if len(models) == 1 else "engines and trainers up"):
@@ -177,6 +179,7 @@ class Run:
         self.folder.truncate_metrics(self.state.step)
         states = self.state.policy
         await together(*(policy.restart(latest, states(name)) for name, policy in self.policies.items()))
+        self._rollouts.resume()
         self.reporter.start_steps(self.state.step, self._settings.steps)
 
     # Rollouts

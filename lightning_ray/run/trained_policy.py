@@ -29,7 +29,9 @@ WATCH_SECONDS = 5.0
 
 
 class TrainedPolicy:
-    """See the module. ``settings`` are the algorithm's for this policy; ``note`` shows a line to a person."""
+    """See the module. ``settings`` are the algorithm's for this policy; ``note`` shows a line to a person; ``lost`` is
+    told when a fresh replica cannot be given weights, as a rank is dead: nobody else may call the ranks till then.
+    """
 
     def __init__(
         self,
@@ -38,6 +40,7 @@ class TrainedPolicy:
         state: PolicyState,
         note: Callable[[str], None],
         name: str = ONLY,
+        lost: Callable[[TrainersLostError], None] = lambda error: None,
     ):
         self.name = name
         self.settings = settings
@@ -50,6 +53,7 @@ class TrainedPolicy:
         self.trainers: Any = None
         self._cluster = cluster
         self._note = note
+        self._lost = lost
         self._watch: asyncio.Task[None] | None = None
 
     @property
@@ -106,14 +110,18 @@ class TrainedPolicy:
     async def _watch_replicas(self) -> None:
         while True:
             await asyncio.sleep(WATCH_SECONDS)
+            trainers = self.trainers
             try:
                 if await self.swapper.unproved():
                     self._note("a replica without proved weights: publishing the current version to all")
                     await self.publish(self.state.version)
             except asyncio.CancelledError:
                 raise
-            except TrainersLostError:  # the run starts the ranks anew, and publishes to all then
-                continue
+            except TrainersLostError as error:
+                if error.silent:
+                    self._note(f"publishing to a fresh replica failed: {error}")
+                elif trainers is self.trainers and trainers.ranks:  # otherwise they are being started anew
+                    self._lost(error)
             except Exception as error:  # told; the next step's own swap decides
                 self._note(f"publishing to a fresh replica failed: {error}")
 

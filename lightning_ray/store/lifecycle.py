@@ -85,8 +85,6 @@ class Lifecycle:
         self._ended: deque[tuple[float, str]] = deque()
         """When rollouts ended, oldest first; kept for retention only."""
         self._deadlines = Deadlines()
-        for rollout_id in self.state.live:
-            self._watch(rollout_id)
         if retention_seconds is not None:
             ends = ((entry.rollout.end_time, rollout_id) for rollout_id, entry in self.state.rollouts.items())
             self._ended.extend(sorted((end, rollout_id) for end, rollout_id in ends if end is not None))
@@ -100,6 +98,8 @@ class Lifecycle:
         """Give live attempts found in a log a fresh lease."""
         if self.state.live:
             self._emit("reopened", now)
+        for rollout_id in self.state.live:
+            self._watch(rollout_id, now)
 
     # --- create and claim -----------------------------------------------------------------------------------
 
@@ -150,7 +150,7 @@ class Lifecycle:
         claims = [(rollout_id, self._make_id("at")) for rollout_id in claimed]
         self._emit("leased", now, worker_id=worker_id, request_id=request_id, claims=claims)
         for rollout_id in claimed:
-            self._watch(rollout_id)
+            self._watch(rollout_id, now)
         return [self._attempted(*claim) for claim in claims]
 
     # --- spans ----------------------------------------------------------------------------------------------
@@ -229,7 +229,7 @@ class Lifecycle:
         if fields:
             self._emit("updated", now, rollout_id=rollout_id, changes=fields)
             if rollout_id in self.state.live:
-                self._watch(rollout_id)
+                self._watch(rollout_id, now)
         if status is not None:
             if works:
                 attempt_id = self.state.live[rollout_id].attempt.attempt_id
@@ -364,17 +364,18 @@ class Lifecycle:
             worker_id=worker_id,
             leased=worker_id is not None,
         )
-        self._watch(rollout_id)
+        self._watch(rollout_id, now)
 
-    def _watch(self, rollout_id: str) -> None:
+    def _watch(self, rollout_id: str, now: float) -> None:
         """Have the live attempt looked at when it may be late."""
         live = self.state.live[rollout_id]
-        self._deadlines.watch(rollout_id, live.attempt.attempt_id, self._deadline(live))
+        self._deadlines.watch(rollout_id, live.attempt.attempt_id, self._deadline(live, now))
 
-    def _deadline(self, live: Live) -> float | None:
+    def _deadline(self, live: Live, now: float) -> float | None:
         config = self.state.rollouts[live.attempt.rollout_id].rollout.config
         silence = [config.unresponsive_seconds, self._lease_seconds if live.leased else None]
-        ends = [live.last_seen + seconds for seconds in silence if seconds is not None]
+        seen = min(live.last_seen, now)  # a clock that was set back
+        ends = [seen + seconds for seconds in silence if seconds is not None]
         if config.timeout_seconds is not None:
             ends.append(live.attempt.start_time + config.timeout_seconds)
         return min(ends, default=None)
@@ -393,7 +394,7 @@ class Lifecycle:
             silence = f"worker {live.attempt.worker_id} was silent for {self._lease_seconds} s"
             self._lose(live, silence, now, weight=weights[live.attempt.worker_id])
         else:
-            return self._deadline(live)
+            return self._deadline(live, now)
         return None
 
     def _end(self, live: Live, status: str, metadata: dict[str, Any], now: float) -> None:

@@ -63,7 +63,7 @@ class Compaction:
     rewrite_seconds: float = 10.0
     retry_seconds: float = 30.0
     job_seconds: float = 600.0
-    close_seconds: float = 60.0
+    close_seconds: float = 5.0
     in_process_bytes: int = 4 * 2**20
     """What is no more than this is compacted on closing without a child process."""
 
@@ -155,6 +155,7 @@ class Storage:
             try:
                 future.exception(timeout=max(deadline - time.monotonic(), 0.0))
             except TimeoutError:
+                self._forced = False
                 raise StoreError(f"the compaction is not done after {seconds:.0f} s; the log stays") from None
             self.go_on()
 
