@@ -19,6 +19,7 @@ from lightning_ray.agent import LitAgent
 from lightning_ray.config import RunnerSettings
 from lightning_ray.deaths.process import Whereabouts, here
 from lightning_ray.hooks import Hook
+from lightning_ray.loading import uncollected
 from lightning_ray.runner import Runner
 from lightning_ray.running.calls import AgentCalls
 from lightning_ray.running.travel import unpickled
@@ -53,7 +54,8 @@ class RunnerActor:
         """Lease and play until drained or stopped; returns why. Raises AgentError if the agent cannot be loaded."""
         if self._drained is not None:
             return self._drained
-        agent = unpickled(pickled_agent)
+        with uncollected():
+            agent = unpickled(pickled_agent)
         self._loop = asyncio.get_running_loop()
         self._runner = Runner(
             agent,

@@ -1,6 +1,6 @@
 """The pool of runners: as many Ray actors as the queue needs, each replaced when it ends.
 
-    slot:  start -> runs -> died     -> its work is released, with the reason -> start
+    slot:  start -> runs -> died     -> start; its work is released, with the reason
                          -> drained  -> start, or gone if the pool shrinks
 
 Kept by the process that made it. A runner's death releases its work at once, so that the others play it; how the
@@ -109,6 +109,7 @@ class RunnerPool:
         self._made = 0
         self._control: asyncio.Task[None] | None = None
         self._explaining: set[asyncio.Task[str]] = set()
+        self._partings: set[asyncio.Task[None]] = set()
         self._stopping = False
         self.restarts = 0
         """How often a runner took the place of one that had died, or was stuck."""
@@ -146,9 +147,9 @@ class RunnerPool:
         actors = [slot.actor for slot in self._slots if slot.actor is not None]
         try:
             await asyncio.gather(*(actor.stop.remote() for actor in actors), return_exceptions=True)
-            await asyncio.gather(*self._slots.values(), return_exceptions=True)
+            await asyncio.gather(*self._slots.values(), *self._partings, return_exceptions=True)
         finally:
-            for task in self._slots.values():
+            for task in (*self._slots.values(), *self._partings):
                 task.cancel()
             for actor in actors:
                 _kill(actor)
@@ -170,19 +171,22 @@ class RunnerPool:
             slot.worker_id = f"{slot.name}-{uuid.uuid4().hex[:6]}"
             slot.info, slot.unanswered, slot.playing = None, 0, 0
             died = await self._one_life(slot)
-            if self._stopping:
-                return
-            if died is not None and slot.leaving is None:
-                await self._after_death(slot, died)
+            if died is None:
+                continue
+            parting = asyncio.create_task(self._part(slot, slot.worker_id, *died))
+            self._partings.add(parting)
+            parting.add_done_callback(self._partings.discard)
+            if self._stopping or await self._is_repeated(slot):
+                await parting  # otherwise the next life begins at once
 
-    async def _one_life(self, slot: Slot) -> str | None:
-        """From start to end; the reason if it died. Its work is released before this returns."""
+    async def _one_life(self, slot: Slot) -> tuple[Process, Exception] | None:
+        """From start to end; who died and of what, if it did. Otherwise its work is released before this returns."""
         options = {"name": f"{self._name}/{slot.worker_id}", **self._options}
         if slot.node_id is not None:
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(slot.node_id, soft=True)
         actor = slot.actor = RunnerActor.options(**options).remote(slot.worker_id)  # type: ignore[attr-defined]
         running = actor.run.remote(*self._arguments)
-        reason, died, process = STOPPED, False, Process("runner", slot.worker_id)
+        reason, process = STOPPED, Process("runner", slot.worker_id)
         try:
             with waiting("a runner to start"):
                 slot.info = await actor.info.remote()
@@ -192,12 +196,19 @@ class RunnerPool:
         except asyncio.CancelledError:
             raise
         except Exception as error:
-            died = True
-            reason = await self._explained(slot, process, error)
+            return process, error
+        finally:
+            slot.actor = None
+            _kill(actor)
         await self._release(slot.worker_id, reason)
-        slot.actor = None
-        _kill(actor)
-        return reason if died else None
+        return None
+
+    async def _part(self, slot: Slot, worker_id: str, process: Process, error: Exception) -> None:
+        """After a death: find out why, have the work played by others, and count it."""
+        reason = await self._explained(slot, process, error)
+        await self._release(worker_id, reason)
+        if not self._stopping and slot.leaving is None:
+            await self._after_death(slot, reason)
 
     async def _explained(self, slot: Slot, process: Process, error: Exception) -> str:
         """Why a runner died, as far as that can be told at once: another node takes seconds, and its work must not wait
@@ -225,6 +236,10 @@ class RunnerPool:
             await self._store.release_worker(worker_id, reason)
         except Exception:  # its leases end by themselves
             logger.exception("what runner %s was at could not be released", worker_id)
+
+    async def _is_repeated(self, slot: Slot) -> bool:
+        """Whether the slot's runner died before, and no rollout has ended since."""
+        return bool(slot.deaths) and await self._ended() <= slot.ended_at_first_death
 
     async def _after_death(self, slot: Slot, reason: str) -> None:
         """Count the death; fail, or wait a little, if there were several and nothing was ended meanwhile."""
