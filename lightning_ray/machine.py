@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 
 import psutil
@@ -17,6 +18,7 @@ BASE_MEMORY = int(1.5 * 2**30)
 REPLICA_MEMORY = int(0.9 * 2**30)
 """With the engine in its process; in its own, half as much again."""
 RANK_MEMORY = int(0.8 * 2**30)
+END_SECONDS = 5.0
 
 
 def check_port(settings: EngineSettings) -> None:
@@ -53,14 +55,24 @@ def short_temp() -> str:
 
 
 def end_processes(processes: Sequence[psutil.Process]) -> None:
-    """Make sure that these very processes have ended."""
+    """Make sure that these very processes have ended; within five seconds, if the system lets them."""
     for process in processes:
         try:
             if process.is_running():
                 process.kill()
         except psutil.NoSuchProcess:
             continue
-    psutil.wait_procs(processes, timeout=5)
+    deadline = time.monotonic() + END_SECONDS
+    while any(_is_at_work(process) for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def _is_at_work(process: psutil.Process) -> bool:
+    """Whether it runs: one that has ended stays a zombie where the first process of a container reaps none."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def tree_memory() -> int:
