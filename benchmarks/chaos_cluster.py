@@ -20,6 +20,7 @@ import psutil
 import ray
 from ray import serve
 
+from benchmarks.simulated import simulated_cluster
 from deployments.haproxy import haproxy_environment
 from lightning_ray.machine import environment, short_temp
 from lightning_ray.net import free_port
@@ -50,19 +51,14 @@ class Nodes:
 
     def start(self, workers: int) -> None:
         """The head, so many worker nodes, and Serve."""
-        from ray.cluster_utils import Cluster
-
         os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
         with environment(self._front_door):
-            self._cluster = Cluster(
-                initialize_head=True,
-                head_node_args={
-                    "num_cpus": 0,
-                    "include_dashboard": False,
-                    "object_store_memory": 2**28,
-                    "temp_dir": str(self.temp),
-                    "_system_config": SYSTEM,
-                },
+            self._cluster = simulated_cluster(
+                num_cpus=0,
+                include_dashboard=False,
+                object_store_memory=2**28,
+                temp_dir=str(self.temp),
+                _system_config=SYSTEM,
             )
         for _ in range(workers):
             self.add()

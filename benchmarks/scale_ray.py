@@ -10,6 +10,7 @@ from pathlib import Path
 
 import ray
 
+from benchmarks.simulated import simulated_cluster
 from benchmarks.store import cluster
 
 NODE_CPUS = 2
@@ -23,14 +24,9 @@ def ray_of(nodes: int) -> Iterator[Path]:
         with cluster() as folder:
             yield folder
         return
-    from ray.cluster_utils import Cluster
-
     folder = Path(tempfile.mkdtemp(prefix="lr-"))
     sizes = {"num_cpus": NODE_CPUS, "object_store_memory": OBJECT_STORE_BYTES}
-    simulated = Cluster(
-        initialize_head=True,
-        head_node_args={**sizes, "include_dashboard": False, "temp_dir": str(folder / "ray")},
-    )
+    simulated = simulated_cluster(**sizes, include_dashboard=False, temp_dir=str(folder / "ray"))
     try:
         for _ in range(nodes - 1):
             simulated.add_node(**sizes)

@@ -36,7 +36,7 @@ class InfrastructureError(LightningRayError):
 class TrainersLostError(InfrastructureError):
     """A trainer rank died or stayed silent; the ranks can be started anew from the last checkpoint."""
 
-    def __init__(self, message: str, silent: bool = False):
+    def __init__(self, message: str = "", silent: bool = False):
         super().__init__(message)
         self.silent = silent
         """Whether it lives, and may only be slow."""

@@ -18,6 +18,7 @@ pytest.importorskip("ray")
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from benchmarks.simulated import simulated_cluster
 from lightning_ray.deaths import Death, Process, death_of, here
 from lightning_ray.deaths import watch as watch_module
 from lightning_ray.deaths.watch import DeathWatch
@@ -35,12 +36,10 @@ class Part:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    from ray.cluster_utils import Cluster
-
     folder = tempfile.mkdtemp(prefix="lr-")
     quick = {"health_check_period_ms": 300, "health_check_failure_threshold": 3}
     head = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": 80_000_000, "temp_dir": folder}
-    cluster = Cluster(initialize_head=True, head_node_args={**head, "_system_config": quick})
+    cluster = simulated_cluster(**head, _system_config=quick)
     ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
     cluster.other = cluster.add_node(num_cpus=2, resources={"other": 1}, object_store_memory=80_000_000)
     cluster.wait_for_nodes()

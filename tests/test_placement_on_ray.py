@@ -16,6 +16,7 @@ pytest.importorskip("ray")
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from benchmarks.simulated import simulated_cluster
 from lightning_ray.config import EngineSettings
 from lightning_ray.errors import ConfigError, InfrastructureError
 from lightning_ray.placement import room
@@ -30,11 +31,9 @@ from lightning_ray.placement.view import NodeType, View, look, nodes_now
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    from ray.cluster_utils import Cluster
-
     folder = tempfile.mkdtemp(prefix="lr-")
     head = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": 80_000_000, "temp_dir": folder}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+    cluster = simulated_cluster(**head)
     ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
     cluster.add_node(num_cpus=2, object_store_memory=80_000_000, labels={ROLE_LABEL: "gpu"})
     cluster.wait_for_nodes()
