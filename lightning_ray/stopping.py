@@ -62,7 +62,10 @@ class Stop:
                 self._deadline.cancel()
 
     async def unless_asked(self, work: Coroutine[Any, Any, T]) -> T:
-        """What the work gives. Raises Stopped, with the work given up, when it is asked for meanwhile."""
+        """What the work gives. Raises Stopped, with the work given up, if it is asked for meanwhile, or was."""
+        if self._asked.is_set():
+            work.close()
+            raise Stopped
         working, asked = asyncio.ensure_future(work), asyncio.ensure_future(self._asked.wait())
         try:
             await asyncio.wait({working, asked}, return_when=asyncio.FIRST_COMPLETED)

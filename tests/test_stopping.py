@@ -113,21 +113,23 @@ async def test_one_without_a_step_claims_no_checkpoint(tmp_path: Path) -> None:
 
 
 async def test_what_comes_in_time_is_not_given_up() -> None:
-    stop = Stop()
-
     async def soon() -> int:
         await asyncio.sleep(0.2)
         return 7
 
+    async def fails() -> int:
+        await asyncio.sleep(0.2)
+        raise ValueError("its own")
+
+    def asked(stop: Stop) -> Stop:
+        asyncio.get_running_loop().call_later(0.05, stop.ask)
+        return stop
+
+    stop, other = Stop(), Stop()
     with stop.heard():
-        assert stop.ask()
-        assert await stop.unless_asked(soon()) == 7
-
-        async def fails() -> int:
-            raise ValueError("its own")
-
-        with pytest.raises(ValueError, match="its own"):
-            await stop.unless_asked(fails())
+        assert await asked(stop).unless_asked(soon()) == 7
+    with other.heard(), pytest.raises(ValueError, match="its own"):
+        await asked(other).unless_asked(fails())
 
 
 def test_the_time_there_is_depends_on_who_stops(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,3 +176,23 @@ def test_who_handled_sigterm_before_ray_does_behind_it() -> None:
         with sigterm_kept():
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(15))
         assert signal.getsignal(signal.SIGTERM) is before
+
+
+async def test_work_that_is_always_done_in_time_does_not_keep_a_run_from_stopping(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is begun when it is asked to stop may come to its end, and nothing is begun after that."""
+    monkeypatch.delenv("RAY_JOB_STOP_WAIT_TIME_S", raising=False)
+    stop, begun = Stop(), list[int]()
+
+    async def work(number: int) -> int:
+        begun.append(number)
+        await asyncio.sleep(0.01)
+        return number
+
+    with stop.heard():
+        assert await stop.unless_asked(work(0)) == 0
+        assert stop.ask()
+        with pytest.raises(Stopped):
+            await stop.unless_asked(work(1))
+    assert begun == [0]

@@ -23,7 +23,7 @@ from lightning_ray.jobs import Job, Jobs
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SECONDS = 240
-STEPS = 80
+STEPS = 30
 """Enough that the job can be stopped amid them."""
 SETTINGS = {"steps": STEPS, "ranks": 1, "checkpoint_every": 99}
 
