@@ -35,7 +35,7 @@ class Answer:
         self, request: CapturedRequest, dialect: Dialect, append: Append, send: Send, version: Callable[[], int | None]
     ):
         self.delivered = False
-        """Whether the last byte went out."""
+        """Whether the last byte went out, and somebody was there."""
         self.failed = False
         """Whether it is an error's."""
         self._request = request
@@ -48,6 +48,7 @@ class Answer:
         self._storing: asyncio.Task[None] | None = None
         self._began = False
         self._refused = False
+        self._left = False
         request.ended = self._begin_storing
 
     @property
@@ -58,6 +59,10 @@ class Answer:
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Store these with the call's own."""
         self._rows += rows
+
+    def hung_up(self) -> None:
+        """The app was told that the client is gone: what it sends from here on, nobody gets."""
+        self._left = not self.delivered
 
     async def release(self, message: Message) -> None:
         """Send a message of the app's."""
@@ -81,7 +86,7 @@ class Answer:
         self._began = True
         await self._send(message)
         if message["type"] == "http.response.body" and not message.get("more_body"):
-            self.delivered = True
+            self.delivered = not self._left
 
     def _with_version(self, message: Message) -> Message:
         version = self._request.versions() or self._version()

@@ -145,7 +145,7 @@ class CaptureEdge:
         self._at_once[request.attempt] += 1
         self._calls += 1
         try:
-            await self._answer(request, sent, answer, scope, replay(raw, receive))
+            await self._answer(request, sent, answer, scope, replay(raw, receive, answer.hung_up))
         finally:
             self._calls -= 1
             self._at_once[request.attempt] -= 1
@@ -230,14 +230,17 @@ async def read_body(receive: Receive, most: int) -> bytes | None:
             return b"".join(parts)
 
 
-def replay(body: bytes, receive: Receive) -> Receive:
-    """A receive that gives the body once and then what the server has to say (a disconnect)."""
+def replay(body: bytes, receive: Receive, hung_up: Callable[[], None]) -> Receive:
+    """A receive that gives the body once and then what the server has to say; a disconnect is told to ``hung_up``."""
     given = False
 
     async def receive_again() -> Message:
         nonlocal given
         if given:
-            return await receive()
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                hung_up()
+            return message
         given = True
         return {"type": "http.request", "body": body, "more_body": False}
 
