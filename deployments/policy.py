@@ -23,6 +23,7 @@ from ray import serve
 
 from deployments.handlers import handlers_kept
 from deployments.lifetime import CHECK_SECONDS, end_with
+from deployments.temporary import keep_with_ray
 from lightning_ray.capture.audience import POLICY
 from lightning_ray.capture.conversations import Attempt, Conversations
 from lightning_ray.capture.edge import Backend, CaptureEdge, Limits
@@ -91,6 +92,7 @@ class Policy:
             return await self._build()
 
     async def _build(self) -> CaptureEdge:
+        keep_with_ray()
         with handlers_kept():
             from vllm.engine.arg_utils import AsyncEngineArgs
             from vllm.entrypoints.launchers.api_server.app_state import init_app_state

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
 from deployments.handlers import handlers_kept
+from deployments.temporary import keep_with_ray
 from lightning_ray.capture.refusal import refuse
 from lightning_ray.config import EngineSettings
 from lightning_ray.errors import ConfigError, SwapError
@@ -69,6 +70,7 @@ class ServedModel:
 
     async def __serve_build_asgi_app__(self) -> KeyGuard:
         """Start the engine, have it prove its weights, and put the key before vLLM's own app."""
+        keep_with_ray()
         with handlers_kept():
             from vllm.engine.arg_utils import AsyncEngineArgs
             from vllm.entrypoints.launchers.api_server.app_state import init_app_state

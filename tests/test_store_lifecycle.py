@@ -163,6 +163,33 @@ def test_what_many_lost_together_is_hardly_the_doing_of_one() -> None:
     assert (lifecycle.rollout("a").status, lifecycle.rollout("b").status) == ("failed", "requeuing")
 
 
+@pytest.mark.parametrize("how", ["released", "silent"])
+def test_what_a_lost_worker_played_is_played_next_but_not_again_and_again(how: str) -> None:
+    lifecycle, now = make(), 0.0
+    enqueue(lifecycle, "a", "b", "waiting")
+
+    def lose(worker_id: str) -> list[str]:
+        nonlocal now
+        lifecycle.dequeue(2, worker_id, None, now)
+        now += LEASE + 1.0
+        if how == "released":
+            lifecycle.release_worker(worker_id, "killed", now)
+        lifecycle.tick(now)
+        return list(lifecycle.state.queue)
+
+    first, second = lose("w1"), lose("w2")
+    assert sorted(first[:2]) == ["a", "b"] and first[2] == "waiting"
+    assert second[0] == "waiting" and sorted(second[1:]) == ["a", "b"]
+
+
+def test_what_its_runner_reports_to_have_failed_waits_its_turn() -> None:
+    lifecycle = make()
+    enqueue(lifecycle, "a", "waiting")
+    attempt_id = lease(lifecycle, worker_id="w")
+    finish(lifecycle, "a", attempt_id, "failed", {"infrastructure": True, "reason": "no door"}, 1.0)
+    assert list(lifecycle.state.queue) == ["waiting", "a"]
+
+
 def test_a_worker_can_report_a_failure_of_the_infrastructure() -> None:
     lifecycle = make()
     enqueue(lifecycle, "a")

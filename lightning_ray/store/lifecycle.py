@@ -136,7 +136,7 @@ class Lifecycle:
         return self._attempted(rollout_id, attempt_id)
 
     def dequeue(self, limit: int, worker_id: str | None, request_id: str | None, now: float) -> list[AttemptedRollout]:
-        """Lease up to ``limit`` queued rollouts, oldest first.
+        """Lease up to ``limit`` queued rollouts, oldest first; before them what a lost worker played.
 
         A repeated ``request_id`` gets its claims again, as far as they are still at work.
         """
@@ -421,7 +421,9 @@ class Lifecycle:
         retry = entry.infrastructure < MAX_INFRASTRUCTURE_FAILURES * OWN_LOSS
         failure = None if retry else {"kind": INFRASTRUCTURE, "reason": reason}
         told = {**(metadata or {}), INFRASTRUCTURE: True, "reason": reason}
-        self._emit_end(live, status, told, now, weight, "requeuing" if retry else "failed", failure)
+        # What was reported would fail again at once; what is lost again may be what kills its workers.
+        keeps_turn = metadata is None and not entry.infrastructure
+        self._emit_end(live, status, told, now, weight, "requeuing" if retry else "failed", failure, keeps_turn)
 
     def _weight(self, worker_id: str | None) -> int:
         return SHARED_LOSS if len(self.state.by_worker.get(worker_id, ())) > 1 else OWN_LOSS
@@ -435,6 +437,7 @@ class Lifecycle:
         infrastructure: int,
         rollout_status: str,
         failure: dict[str, Any] | None,
+        keeps_turn: bool = False,
     ) -> None:
         self._emit(
             "ended",
@@ -446,6 +449,7 @@ class Lifecycle:
             infrastructure=infrastructure,
             rollout_status=rollout_status,
             failure=failure,
+            keeps_turn=keeps_turn,
         )
 
     def _settle(self, rollout_id: str, rollout_status: str, reason: str, now: float) -> None:

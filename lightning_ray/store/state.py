@@ -227,6 +227,8 @@ class RunState:
             self.queue.pop(rollout.rollout_id, None)
         else:
             self.queue[rollout.rollout_id] = None
+            if event.get("keeps_turn"):
+                self.queue.move_to_end(rollout.rollout_id, last=False)
 
     def _set_status(self, rollout: Rollout, status: RolloutStatus) -> None:
         self.statuses[rollout.status] -= 1

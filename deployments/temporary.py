@@ -1,0 +1,32 @@
+"""A replica's temporary files lie in the session folder of its Ray, and go with it.
+
+A replica is killed more often than it ends, and the engine then leaves sockets and files of its processes behind.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import ray
+
+SOCKET_BYTES = 107
+"""What the path of a socket may have."""
+NAME_BYTES = 37
+"""What the engine adds to the folder for a socket's path."""
+
+
+def keep_with_ray() -> None:
+    """Make the session folder of this process's Ray its temporary folder, and that of processes it starts."""
+    context = ray.get_runtime_context()
+    keep_in(Path(context.get_temp_dir(), context.get_session_name()))
+
+
+def keep_in(session: Path) -> None:
+    """Make a folder of ``session`` the temporary one, unless sockets would have no room there."""
+    folder = session / "tmp"
+    if not session.is_dir() or len(os.fsencode(folder)) + NAME_BYTES > SOCKET_BYTES:
+        return
+    folder.mkdir(exist_ok=True)
+    os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
