@@ -143,13 +143,13 @@ def test_the_time_there_is_depends_on_who_stops(monkeypatch: pytest.MonkeyPatch)
 
 def test_past_its_deadline_it_is_interrupted(tmp_path: Path) -> None:
     code = """
-import asyncio, os, signal
+import asyncio, signal
 from lightning_ray.stopping import Stop
 from lightning_ray.trainer import stoppable
 
 async def work(stop):
     with stop.heard():
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         await asyncio.sleep(60)
 
 stop = Stop()
@@ -166,8 +166,7 @@ with stoppable(stop.ask):
 
 def test_without_a_run_that_listens_sigterm_is_an_interrupt() -> None:
     with pytest.raises(KeyboardInterrupt), stoppable():
-        os.kill(os.getpid(), signal.SIGTERM)
-        signal.pause()
+        signal.raise_signal(signal.SIGTERM)
 
 
 def test_who_handled_sigterm_before_ray_does_behind_it() -> None:
