@@ -79,7 +79,14 @@ class Stop:
             await asyncio.gather(working, asked, return_exceptions=True)
 
     def _give(self, seconds: float) -> None:
-        self._deadline = asyncio.get_running_loop().call_later(seconds, signal.raise_signal, signal.SIGINT)
+        self._deadline = asyncio.get_running_loop().call_later(seconds, interrupt)
+
+
+def interrupt() -> None:
+    """As Ctrl-C does, also where that is ignored, as it is in what a script put into the background."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        raise KeyboardInterrupt
+    signal.raise_signal(signal.SIGINT)
 
 
 def seconds_given() -> float:

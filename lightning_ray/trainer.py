@@ -26,7 +26,7 @@ from lightning_ray.launch import current_launch
 from lightning_ray.mirror import run_place
 from lightning_ray.placement.settings import Placement
 from lightning_ray.relay.settings import Upstream, check_upstreams
-from lightning_ray.stopping import Stop, Stopped
+from lightning_ray.stopping import Stop, Stopped, interrupt
 from lightning_ray.tracing import OtelTracer, Tracer
 from lightning_ray.trackers.choice import Choice, check_installed, check_trackers, name_of
 from lightning_ray.types import Dataset, NamedResources
@@ -385,12 +385,12 @@ def refuse_unknown(arguments: dict[str, Any]) -> None:
 def stoppable(ask: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """SIGTERM (a stopped job) ends a run as Ctrl-C does, unless the run takes it upon itself when it is asked."""
 
-    def interrupt(*_: Any) -> None:
+    def stop(*_: Any) -> None:
         if not ask():
-            signal.raise_signal(signal.SIGINT)
+            interrupt()
 
     try:
-        before = signal.signal(signal.SIGTERM, interrupt)
+        before = signal.signal(signal.SIGTERM, stop)
     except ValueError:  # not the main thread: the owner of the signals decides
         yield
         return

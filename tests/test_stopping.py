@@ -141,9 +141,12 @@ def test_the_time_there_is_depends_on_who_stops(monkeypatch: pytest.MonkeyPatch)
     assert seconds_given() == 48
 
 
-def test_past_its_deadline_it_is_interrupted(tmp_path: Path) -> None:
-    code = """
+@pytest.mark.parametrize("ctrl_c", ["default_int_handler", "SIG_IGN"])
+def test_past_its_deadline_it_is_interrupted(ctrl_c: str) -> None:
+    """Also where Ctrl-C is ignored, as it is in what a script put into the background."""
+    code = f"""
 import asyncio, signal
+signal.signal(signal.SIGINT, signal.{ctrl_c})
 from lightning_ray.stopping import Stop
 from lightning_ray.trainer import stoppable
 
@@ -164,9 +167,12 @@ with stoppable(stop.ask):
     assert told.stdout == "interrupted True\n", told.stderr
 
 
-def test_without_a_run_that_listens_sigterm_is_an_interrupt() -> None:
+@pytest.mark.parametrize("ctrl_c", [signal.default_int_handler, signal.SIG_IGN])
+def test_without_a_run_that_listens_sigterm_is_an_interrupt(ctrl_c: Any) -> None:
+    before = signal.signal(signal.SIGINT, ctrl_c)
     with pytest.raises(KeyboardInterrupt), stoppable():
         signal.raise_signal(signal.SIGTERM)
+    signal.signal(signal.SIGINT, before)
 
 
 def test_who_handled_sigterm_before_ray_does_behind_it() -> None:
