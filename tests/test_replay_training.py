@@ -23,8 +23,8 @@ from lightning_ray.run.state import ONLY
 from lightning_ray.store import open_folder
 from lightning_ray.trajectories.account import batch_of, settle
 from lightning_ray.trajectories.episode import read_episodes
-from tests.policy_oracle import load, token_logprobs, write_tiny_model
-from tests.policy_ranks import shared_ranks
+from tests.policy.oracle import load, token_logprobs, write_tiny_model
+from tests.policy.ranks import shared_ranks
 from tests.test_doctor import Bench
 from tests.test_trajectories import model_call
 

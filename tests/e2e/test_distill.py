@@ -23,7 +23,7 @@ from lightning_ray.run.run import Run
 from lightning_ray.teacher import Teacher
 from tests.e2e.tiny import make_tiny_model
 from tests.e2e.wire.reference import Reference
-from tests.policy_oracle import load, token_logprobs
+from tests.policy.oracle import load, token_logprobs
 
 pytestmark = pytest.mark.e2e
 ENGINE = lr.EngineSettings(max_model_len=128, kv_cache_memory_mb=16)

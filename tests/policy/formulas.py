@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from tests.policy_oracle import token_logprobs
+from tests.policy.oracle import token_logprobs
 
 
 @dataclass

@@ -11,29 +11,12 @@ import torch
 
 pytest.importorskip("verl")
 
-from tests import policy_formulas as by_hand
-from tests.policy_formulas import Row, clipped, rows_of
-from tests.policy_oracle import load, make_batch, write_tiny_model
-from tests.policy_ranks import Ranks, settings_for, shared_ranks
+from tests.policy import formulas as by_hand
+from tests.policy.formulas import Row, clipped, rows_of
+from tests.policy.oracle import load
+from tests.policy.ranks import Ranks, assert_gradients, settings_for
 
 AT_ONCE = {"minibatch_rollouts": 1000, "gradient_clip": 1e9, "warmup_steps": 0, "micro_batch_tokens": 300}
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Ranks:
-    return shared_ranks()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("policy") / "model"
-    write_tiny_model(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def table(folder: Path) -> pa.Table:
-    return make_batch(load(folder))
 
 
 def with_teacher(table: pa.Table, other: Path) -> pa.Table:
@@ -48,11 +31,7 @@ def check(ranks: Ranks, model: torch.nn.Module, expected: torch.Tensor, result: 
     """Loss and the gradient of every weight."""
     expected.backward()
     assert result["loss"] == pytest.approx(float(expected.detach()), rel=1e-5, abs=1e-6)
-    gradients = ranks.gradients()
-    for weight, parameter in model.named_parameters():
-        assert parameter.grad is not None
-        scale = float(parameter.grad.abs().max())
-        assert gradients[weight] == pytest.approx(parameter.grad.numpy(), abs=1e-4 * scale)
+    assert_gradients(ranks, model)
 
 
 @pytest.mark.parametrize(

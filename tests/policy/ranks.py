@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pytest
+import torch
 
 from lightning_ray.policy.settings import UpdateSettings
-from tests import policy_worker
+from tests.policy import worker
 
 DEADLINE = 60.0
 
@@ -24,7 +26,7 @@ class Ranks:
 
     def __init__(self) -> None:
         spawn = multiprocessing.get_context("spawn")
-        self._processes = [ProcessPoolExecutor(1, mp_context=spawn, initializer=policy_worker.start) for _ in range(2)]
+        self._processes = [ProcessPoolExecutor(1, mp_context=spawn, initializer=worker.start) for _ in range(2)]
         self.world_size = 0
 
     def build(self, settings: UpdateSettings, world_size: int = 1) -> Ranks:
@@ -32,26 +34,26 @@ class Ranks:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.world_size = world_size
-        self._each(lambda rank: (policy_worker.build, settings, rank, world_size, port))
+        self._each(lambda rank: (worker.build, settings, rank, world_size, port))
         return self
 
     def call(self, method: str, *args: Any) -> Any:
         """Call every rank; their results must be the same."""
-        return self._same(policy_worker.call, method, *args)
+        return self._same(worker.call, method, *args)
 
     def weights(self) -> dict[str, np.ndarray]:
-        return self._same(policy_worker.weights)
+        return self._same(worker.weights)
 
     def adapter(self) -> dict[str, np.ndarray]:
-        return self._same(policy_worker.adapter)
+        return self._same(worker.adapter)
 
     def gradients(self) -> dict[str, np.ndarray]:
         """Of the first step since the updater was built, if it was not clipped."""
-        return self._same(policy_worker.gradients)
+        return self._same(worker.gradients)
 
     def trained(self) -> list[str]:
         """Names of the parameters with a state of the optimizer."""
-        return self._same(policy_worker.trained)
+        return self._same(worker.trained)
 
     def _same(self, function: Callable[..., Any], *args: Any) -> Any:
         results = self._each(lambda rank: (function, *args))
@@ -76,6 +78,15 @@ def shared_ranks() -> Ranks:
 def settings_for(folder: Path, **changes: Any) -> UpdateSettings:
     defaults: dict[str, Any] = {"learning_rate": 1e-3, "warmup_steps": 2, "weight_decay": 0.01}
     return UpdateSettings(model_path=str(folder), **defaults | changes)
+
+
+def assert_gradients(ranks: Ranks, model: torch.nn.Module) -> None:
+    """The ranks' last ones are the model's."""
+    gradients = ranks.gradients()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        scale = float(parameter.grad.abs().max())
+        assert gradients[name] == pytest.approx(parameter.grad.numpy(), abs=1e-4 * scale)
 
 
 def assert_same_weights(one: dict[str, np.ndarray], other: dict[str, np.ndarray], atol: float) -> None:

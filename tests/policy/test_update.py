@@ -14,33 +14,13 @@ pytest.importorskip("verl")
 
 from lightning_ray.errors import ConfigError
 from lightning_ray.policy.settings import AdvantageName, DivergedError, LossName
-from tests.policy_oracle import (
+from tests.policy.oracle import (
     PlainTrainer,
     batch_table,
     load,
-    make_batch,
     token_logprobs,
-    write_tiny_model,
 )
-from tests.policy_ranks import Ranks, assert_same_weights, settings_for, shared_ranks, with_column
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Ranks:
-    return shared_ranks()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("policy") / "model"
-    write_tiny_model(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def batches(folder: Path) -> list[pa.Table]:
-    model = load(folder)
-    return [make_batch(model, seed=seed) for seed in range(4)]
+from tests.policy.ranks import Ranks, assert_same_weights, settings_for, with_column
 
 
 def on_policy(ranks: Ranks, table: pa.Table) -> pa.Table:

@@ -19,7 +19,7 @@ import ray
 from actors.policy_trainer import PolicyTrainerGroup
 from lightning_ray.errors import ConfigError, InfrastructureError
 from lightning_ray.policy.settings import UpdateSettings
-from tests.policy_oracle import PlainTrainer, load, make_batch, write_tiny_model
+from tests.policy.oracle import PlainTrainer
 
 
 @pytest.fixture(scope="module")
@@ -30,50 +30,38 @@ def cluster() -> Iterator[None]:
         ray.shutdown()
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("policy") / "model"
-    write_tiny_model(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def batch(folder: Path) -> pa.Table:
-    return make_batch(load(folder))
-
-
 async def test_two_ranks_update_save_resume_and_die_with_a_name(
-    cluster: None, folder: Path, batch: pa.Table, tmp_path: Path
+    cluster: None, folder: Path, table: pa.Table, tmp_path: Path
 ) -> None:
     settings = UpdateSettings(model_path=str(folder), warmup_steps=0, minibatch_rollouts=1000)
     group = await PolicyTrainerGroup.start(settings, ranks=2, timeout=180)
     assert await group.call("ready", timeout=30) == [True, True]
 
-    result = await group.update(batch)
+    result = await group.update(table)
     plain = PlainTrainer(folder, settings)
-    expected = plain.update(batch)
+    expected = plain.update(table)
     assert result["loss"] == pytest.approx(expected["loss"], abs=1e-5)
     assert result["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
-    probe = [batch["token_ids"][0].as_py()]
+    probe = [table["token_ids"][0].as_py()]
     moved = (await group.logprobs(probe))[0]
 
     await group.save(str(tmp_path / "saved"))
-    second = await group.update(batch)
+    second = await group.update(table)
     await group.load(str(tmp_path / "saved"))
     assert ((await group.logprobs(probe))[0] == moved).all()
-    assert await group.update(batch) == second
+    assert await group.update(table) == second
 
     with pytest.raises(ValueError, match="no rows"):
-        await group.update(batch.slice(0, 0))
+        await group.update(table.slice(0, 0))
     with pytest.raises(ConfigError, match="no checkpoint to resume from"):
         await group.load(str(folder))
     with pytest.raises(InfrastructureError, match=r"rank \[0, 1\] did not answer 'update' within 0.001 s"):
-        await group.update(batch, timeout=0.001)
+        await group.update(table, timeout=0.001)
 
     os.kill((await group.call("pid", timeout=30))[1], signal.SIGKILL)
     told = r"trainer rank 1 died during 'update' \(process \d+, node .*\): .*SIGKILL"
     with pytest.raises(InfrastructureError, match=told):
-        await group.update(batch, timeout=60)
+        await group.update(table, timeout=60)
     group.stop()
 
 

@@ -12,41 +12,16 @@ import torch
 
 pytest.importorskip("verl")
 
-from tests import policy_formulas as by_hand
-from tests.policy_formulas import Row
-from tests.policy_oracle import load, make_batch, write_tiny_model
-from tests.policy_ranks import Ranks, settings_for, shared_ranks
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Ranks:
-    return shared_ranks()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("policy") / "model"
-    write_tiny_model(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def table(folder: Path) -> pa.Table:
-    return make_batch(load(folder), seed=3)
+from tests.policy import formulas as by_hand
+from tests.policy.formulas import Row
+from tests.policy.oracle import load
+from tests.policy.ranks import Ranks, assert_gradients, settings_for
 
 
 def one_step(folder: Path, **changes: Any) -> Any:
     return settings_for(
         folder, warmup_steps=0, gradient_clip=1e9, minibatch_rollouts=1000, micro_batch_tokens=200, **changes
     )
-
-
-def assert_gradients(ranks: Ranks, model: torch.nn.Module) -> None:
-    gradients = ranks.gradients()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None
-        scale = float(parameter.grad.abs().max())
-        assert gradients[name] == pytest.approx(parameter.grad.numpy(), abs=1e-4 * scale)
 
 
 def ratio(row: Row) -> torch.Tensor:

@@ -15,28 +15,15 @@ pytest.importorskip("verl")
 from lightning_ray.policy.batch import read_batch
 from lightning_ray.policy.credit import step_advantages
 from lightning_ray.policy.trained_tokens import trained_tokens
-from tests import policy_formulas as by_hand
-from tests.policy_formulas import Row
-from tests.policy_oracle import load, make_batch, write_tiny_model
-from tests.policy_ranks import Ranks, settings_for, shared_ranks
+from tests.policy import formulas as by_hand
+from tests.policy.formulas import Row
+from tests.policy.oracle import load
+from tests.policy.ranks import Ranks, settings_for
 
 
 @pytest.fixture(scope="module")
-def ranks() -> Ranks:
-    return shared_ranks()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("policy") / "model"
-    write_tiny_model(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def batches(folder: Path) -> list[pa.Table]:
-    model = load(folder)
-    return [with_steps(make_batch(model, seed=seed)) for seed in range(3)]
+def batches(batches: list[pa.Table]) -> list[pa.Table]:
+    return [with_steps(table) for table in batches[:3]]
 
 
 def with_steps(table: pa.Table) -> pa.Table:

@@ -15,30 +15,12 @@ pytest.importorskip("verl")
 
 from lightning_ray.errors import ConfigError
 from lightning_ray.policy.model_folder import check_model_folder
-from tests import policy_formulas as by_hand
-from tests.policy_oracle import load, make_batch, token_logprobs, write_tiny_model
-from tests.policy_ranks import Ranks, assert_same_weights, settings_for, shared_ranks
+from tests.policy import formulas as by_hand
+from tests.policy.oracle import load, token_logprobs
+from tests.policy.ranks import Ranks, assert_same_weights, settings_for
 
 LORA = {"rank": 4, "alpha": 16.0, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 REFERENCE = {"coefficient": 0.2, "estimator": "k3"}
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Ranks:
-    return shared_ranks()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("policy") / "model"
-    write_tiny_model(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def batches(folder: Path) -> list[pa.Table]:
-    model = load(folder)
-    return [make_batch(model, seed=seed) for seed in range(6)]
 
 
 def settings(folder: Path, **changes: Any) -> Any:
@@ -128,14 +110,14 @@ def test_three_updates_and_three_after_a_resume_are_six(
     )
     saved = tmp_path / "saved"
     ranks.build(chosen, 2)
-    for table in batches[:3]:
+    for table in batches[:2]:
         ranks.call("update", table)
     ranks.call("save", str(saved))
-    expected = [ranks.call("update", table) for table in batches[3:]]
+    expected = [ranks.call("update", table) for table in batches[2:]]
     weights = ranks.weights()
     ranks.build(chosen, 2)
     ranks.call("load", str(saved))
-    assert [ranks.call("update", table) for table in batches[3:]] == expected
+    assert [ranks.call("update", table) for table in batches[2:]] == expected
     assert_same_weights(ranks.weights(), weights, atol=0)
 
 

@@ -15,10 +15,10 @@ pytest.importorskip("verl")
 import lightning_ray as lr
 from lightning_ray.algorithms.presets import PRESETS, PresetName
 from lightning_ray.errors import ConfigError
-from tests import policy_formulas as by_hand
-from tests.policy_formulas import Row
-from tests.policy_oracle import load, make_batch, write_tiny_model
-from tests.policy_ranks import Ranks, shared_ranks
+from tests.policy import formulas as by_hand
+from tests.policy.formulas import Row
+from tests.policy.oracle import load
+from tests.policy.ranks import Ranks
 
 Formula = Callable[[pa.Table, list[Row]], torch.Tensor]
 
@@ -65,26 +65,14 @@ FORMULAS: dict[str, Formula] = {
 
 
 @pytest.fixture(scope="module")
-def ranks() -> Ranks:
-    return shared_ranks()
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def folders(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The policy, and a reference that is not equal to it."""
-    folder, other = (tmp_path_factory.mktemp("policy") / name for name in ("model", "reference"))
-    write_tiny_model(folder)
-    model = load(folder)
+    other, model = tmp_path_factory.mktemp("reference") / "model", load(folder)
     with torch.no_grad():
         for weight in model.parameters():
             weight += 0.02 * torch.randn_like(weight)
     model.save_pretrained(other)
     return folder, other
-
-
-@pytest.fixture(scope="module")
-def table(folders: tuple[Path, Path]) -> pa.Table:
-    return make_batch(load(folders[0]))
 
 
 @pytest.mark.parametrize("name", get_args(PresetName))

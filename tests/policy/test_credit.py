@@ -14,7 +14,7 @@ from lightning_ray.policy.schedule import rate_share
 from lightning_ray.policy.settings import OptimizerSettings
 from lightning_ray.policy.staleness import staleness
 from lightning_ray.policy.trained_tokens import trained_tokens
-from tests.policy_oracle import batch_table
+from tests.policy.oracle import batch_table
 
 
 def batch_of(rows: list[tuple[str, str, list[int], list[float]]]) -> Batch:
