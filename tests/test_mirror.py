@@ -86,6 +86,8 @@ class Training:
         self.folder.append_step({"step": number, "groups": [["g", self.rollouts[-3:]]]})
         with (self.folder.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"kind": "train", "step": number, "reward": 0.5}) + "\n")
+            if number == 1:
+                file.write(json.dumps({"kind": "val", "mode": "greedy", "step": 2, "reward": 0.9}) + "\n")
         checkpoint(self.folder, number + 1, list(self.rollouts))
 
     def end(self) -> None:
@@ -143,8 +145,8 @@ def test_another_machine_goes_on_where_the_run_stood(runs: str, machines: Machin
     assert copy.missing() == []
     there = RemoteFolder(f"{runs}/sql").files()
     assert {name.split("/")[1] for name in there if name.startswith("checkpoints/step")} == {
-        f"step-{step:06d}" for step in (4, 5, 6)
-    }
+        f"step-{step:06d}" for step in (2, 4, 5, 6)
+    }, "the last ones, and the one that was best"
     assert sum(name.endswith(".parquet") for name in there) == len(list(training.folder.store.glob("*/*.parquet")))
 
     machines("second")

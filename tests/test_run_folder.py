@@ -18,7 +18,7 @@ from lightning_ray.data import Epochs
 from lightning_ray.errors import ConfigError
 from lightning_ray.evaluation import evaluate
 from lightning_ray.progress import Reporter, advance, as_current, fitting, short_seconds, step_line
-from lightning_ray.run.folder import KEPT_CHECKPOINTS, RunFolder, write_json
+from lightning_ray.run.folder import KEEP_CHECKPOINTS, RunFolder, step_of, write_json
 from lightning_ray.run.state import PolicyState, RunState
 from lightning_ray.run.summary import summarize, summary_table
 from lightning_ray.trackers.jsonl import JsonlTracker
@@ -96,8 +96,23 @@ def test_only_the_last_checkpoints_are_kept(folder: RunFolder) -> None:
     for step in (8, 9, 10, 100, 101):
         checkpoint(folder, step)
     names = sorted(path.name for path in folder.checkpoints.iterdir() if path.is_dir())
-    assert names == ["step-000010", "step-000100", "step-000101"] and len(names) == KEPT_CHECKPOINTS
+    assert names == ["step-000010", "step-000100", "step-000101"] and len(names) == KEEP_CHECKPOINTS
     assert (folder.checkpoints / "latest").read_text() == "step-000101"
+
+
+@pytest.mark.parametrize(("keep", "last"), [(None, [6, 7, 8]), (1, [8]), (5, [4, 5, 6, 7, 8])])
+def test_the_best_validated_checkpoint_is_kept_too(folder: RunFolder, keep: int | None, last: list[int]) -> None:
+    settings = {} if keep is None else {"keep_checkpoints": keep}
+    write_json(folder.path / "config.json", {"algorithm": settings})
+    rewards = {2: 0.7, 3: 0.9, 4: 0.2, 8: 0.1}
+    for step in range(1, 9):
+        for mode in ("greedy", "sampled") if step in rewards else ():
+            reward = rewards[step] if mode == "greedy" else 1 - rewards[step]
+            with (folder.path / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"kind": "val", "mode": mode, "step": step, "reward": reward}) + "\n")
+        checkpoint(folder, step)
+    assert sorted(map(step_of, folder.checkpoints.glob("step-*"))) == [3, *last]
+    assert folder.best([2, 4, 8]) == 2 and folder.best([1, 5]) is None
 
 
 def test_a_checkpoint_made_again_replaces_the_old_one(folder: RunFolder) -> None:

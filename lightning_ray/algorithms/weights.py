@@ -19,6 +19,7 @@ from lightning_ray.config import EngineSettings, build
 from lightning_ray.errors import ConfigError
 from lightning_ray.policy.model_folder import check_model_folder
 from lightning_ray.policy.settings import TrainingSettings, UpdateSettings
+from lightning_ray.run.folder import KEEP_CHECKPOINTS
 from lightning_ray.run.state import ONLY
 from lightning_ray.trajectories.settings import BatchSettings
 
@@ -61,6 +62,8 @@ class WeightAlgorithm(AlgorithmSettings, TrainingSettings):
     validate_every: int = Field(default=10, ge=0)
     """Steps between two validations on val_dataset (greedy); 0 for none."""
     checkpoint_every: int = Field(default=10, ge=1)
+    keep_checkpoints: int = Field(default=KEEP_CHECKPOINTS, ge=1)
+    """How many of the last stay; besides, the best by greedy validation does."""
     rollout_timeout_seconds: float = Field(default=600.0, gt=0)
     max_attempts: int = Field(default=2, ge=1)
     max_staleness: int = Field(default=0, ge=0)

@@ -15,7 +15,7 @@ from lightning_ray.mirror import is_url, place_of
 from lightning_ray.mirror.pull import everything, fetched
 from lightning_ray.policy.model_folder import ADAPTER_CONFIG, check_model_folder
 from lightning_ray.relay.settings import Upstream
-from lightning_ray.run.folder import RunFolder
+from lightning_ray.run.folder import RunFolder, step_of
 from lightning_ray.run.state import ONLY, RunState
 from lightning_ray.types import LLM
 
@@ -151,7 +151,7 @@ def _holds_model(folder: Path) -> bool:
 def checkpoint(run: Path, which: str) -> Subject:
     """A checkpoint of a run: ``latest``, ``best``, ``initial`` or a step. Raises ConfigError naming those it has."""
     folder = RunFolder(run)
-    kept = {int(path.name.removeprefix("step-")): path for path in sorted(folder.checkpoints.glob("step-*"))}
+    kept = {step_of(path): path for path in sorted(folder.checkpoints.glob("step-*"))}
     if which == INITIAL:
         return _initial(run)
     latest = folder.latest_checkpoint()
@@ -160,7 +160,12 @@ def checkpoint(run: Path, which: str) -> Subject:
     if which == LATEST:
         chosen = latest
     elif which == BEST:
-        chosen = kept[_best(folder, kept)]
+        if (best := folder.best(kept)) is None:
+            raise ConfigError(
+                f"{run}@{BEST}: none of its checkpoints ({', '.join(map(str, kept))}) was validated; train with a "
+                "val_dataset and validate_every, or name a step"
+            )
+        chosen = kept[best]
     elif which.isdigit() and int(which) in kept:
         chosen = kept[int(which)]
     else:
@@ -168,7 +173,7 @@ def checkpoint(run: Path, which: str) -> Subject:
             f"{run}@{which}: there is no such checkpoint; there are {LATEST}, {BEST}, {INITIAL}, "
             f"{', '.join(map(str, kept))}"
         )
-    return _checkpointed(f"{run}, step {int(chosen.name.removeprefix('step-'))}", chosen)
+    return _checkpointed(f"{run}, step {step_of(chosen)}", chosen)
 
 
 def _initial(run: Path) -> Subject:
@@ -186,18 +191,6 @@ def _initial(run: Path) -> Subject:
     if not found:
         raise ConfigError(f"{run}@{INITIAL}: its config.json names no model that it began with")
     return Subject(f"{run}, as it began", found)
-
-
-def _best(folder: RunFolder, kept: Mapping[int, Path]) -> int:
-    """The step of the kept checkpoint with the highest greedy validation reward; the latest of equals."""
-    rows = [row for row in folder.metrics() if row.get("kind") == "val" and row.get("mode") == "greedy"]
-    rewards = {row["step"]: row["reward"] for row in rows if row["step"] in kept and row["reward"] is not None}
-    if not rewards:
-        raise ConfigError(
-            f"{folder.path}@{BEST}: none of its checkpoints ({', '.join(map(str, kept))}) was validated; train with a "
-            "val_dataset and validate_every, or name a step"
-        )
-    return max(rewards, key=lambda step: (rewards[step], step))
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from lightning_ray.mirror.place import url_of
 from lightning_ray.mirror.remote import RemoteFolder
 from lightning_ray.mirror.sent import Content, Sent
 from lightning_ray.mirror.stores import copy_store, sealed_by, store_folders
-from lightning_ray.run.folder import KEPT_CHECKPOINTS, RunFolder
+from lightning_ray.run.folder import RunFolder, step_of
 from lightning_ray.store.manifest import manifest_path
 
 LATEST = "checkpoints/latest"
@@ -123,9 +123,9 @@ class RunCopy:
 
     def _drop_old_checkpoints(self) -> None:
         there = self.remote.files("checkpoints")
-        step_of = {name: name.split("/")[1] for name in there if name.startswith("checkpoints/step-")}
-        old = sorted(set(step_of.values()))[:-KEPT_CHECKPOINTS]
-        self.remote.remove([name for name, step in step_of.items() if step in old])
+        steps = {name: step_of(Path(name.split("/")[1])) for name in there if name.startswith("checkpoints/step-")}
+        old = self._folder.superseded(set(steps.values()))
+        self.remote.remove([name for name, step in steps.items() if step in old])
 
 
 def send_evaluation(path: Path) -> None:

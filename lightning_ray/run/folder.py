@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,15 @@ README = """# Run {name}
 | `config.json` | the resolved settings |
 | `owner.json` | who works on it, or did last: process, host and Ray job |
 | `ray.json` | while it runs: Ray's address and namespace, and the name of the store's actor |
-| `checkpoints/` | models in Hugging Face format, each with the state of its training; `latest` names the last |
+| `checkpoints/` | the last models and the best validated, in Hugging Face format, each with the state of its training |
 | `store/` | every rollout and span: `lightning-ray spans "SELECT ..." FOLDER`, or `lightning_ray.store.open_folder` |
 
 `lightning-ray doctor FOLDER` tells what became of every rollout, and why some gave no training data.
 `lightning-ray replay FOLDER --step N` trains a step again from the store, with the same or other settings.
 Continue it with `lightning-ray train ... --name {name} --resume`.
 """
-KEPT_CHECKPOINTS = 3
+KEEP_CHECKPOINTS = 3
+"""Of algorithms that have no setting of that name."""
 METRICS = "metrics.jsonl"
 STEPS = "steps.jsonl"
 
@@ -128,9 +130,25 @@ class RunFolder:
         pointer = self.checkpoints / ".latest"
         pointer.write_text(final.name)
         os.replace(pointer, self.checkpoints / "latest")
-        for old in sorted(self.checkpoints.glob("step-*"))[:-KEPT_CHECKPOINTS]:
-            shutil.rmtree(old, ignore_errors=True)
+        there = {step_of(folder): folder for folder in self.checkpoints.glob("step-*")}
+        for old in self.superseded(there):
+            shutil.rmtree(there[old], ignore_errors=True)
         return final
+
+    def superseded(self, steps: Collection[int]) -> set[int]:
+        """Of the steps of these checkpoints those that need not be kept: the last ones stay, and the best."""
+        config = self.path / "config.json"
+        settings = (json.loads(config.read_text()).get("algorithm") or {}) if config.is_file() else {}
+        older = set(sorted(steps)[: -settings.get("keep_checkpoints", KEEP_CHECKPOINTS)])
+        return older and older - {self.best(steps)}
+
+    def best(self, steps: Collection[int]) -> int | None:
+        """Of these steps the one with the highest greedy validation reward, the latest of equals; None if none was
+        validated.
+        """
+        rows = [row for row in self.metrics() if row.get("kind") == "val" and row.get("mode") == "greedy"]
+        rewards = {row["step"]: row["reward"] for row in rows if row["step"] in steps and row["reward"] is not None}
+        return max(rewards, key=lambda step: (rewards[step], step), default=None)
 
     def read_state(self) -> dict[str, Any]:
         """What the run knew at its latest checkpoint."""
@@ -189,6 +207,11 @@ class RunFolder:
         steps = metrics.exists() and any(row["kind"] == "train" for row in self.metrics())
         if steps and metrics.stat().st_mtime_ns > drawn:
             self.plot()
+
+
+def step_of(checkpoint: Path) -> int:
+    """The number of steps behind a checkpoint, by its folder's name."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def write_json(path: Path, value: Any) -> None:
