@@ -1,4 +1,4 @@
-"""A replica's temporary files lie in the session folder of its Ray, and go with it.
+"""A replica's temporary files lie in the session folder of its Ray, with those of Ray itself.
 
 A replica is killed more often than it ends, and the engine then leaves sockets and files of its processes behind.
 """
@@ -20,13 +20,20 @@ NAME_BYTES = 37
 def keep_with_ray() -> None:
     """Make the session folder of this process's Ray its temporary folder, and that of processes it starts."""
     context = ray.get_runtime_context()
+    os.environ.setdefault("RAY_ADDRESS", context.gcs_address)  # which Ray looks for below the temporary folder
     keep_in(Path(context.get_temp_dir(), context.get_session_name()))
 
 
 def keep_in(session: Path) -> None:
-    """Make a folder of ``session`` the temporary one, unless sockets would have no room there."""
+    """Make a folder of ``session`` the temporary one, unless one was chosen, or nothing can be written there, or
+    sockets would have no room.
+    """
     folder = session / "tmp"
-    if not session.is_dir() or len(os.fsencode(folder)) + NAME_BYTES > SOCKET_BYTES:
+    if "TMPDIR" in os.environ or len(os.fsencode(folder)) + NAME_BYTES > SOCKET_BYTES:
         return
-    folder.mkdir(exist_ok=True)
-    os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
+    try:
+        folder.mkdir(exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
+    except OSError:
+        return

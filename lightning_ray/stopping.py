@@ -10,7 +10,7 @@ import asyncio
 import os
 import signal
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -27,6 +27,9 @@ END_SECONDS = 12.0
 """Of it, for the run's end behind the checkpoint."""
 QUEUEING_SECONDS = 2.0
 """For what is being queued to be noted: a checkpoint tells where the tasks go on."""
+
+_handlers: list[Any] = []
+"""What asyncio does at Ctrl-C, where that is ignored."""
 
 
 class Stopped(Exception):
@@ -82,11 +85,33 @@ class Stop:
         self._deadline = asyncio.get_running_loop().call_later(seconds, interrupt)
 
 
+def run_interruptibly(work: Coroutine[Any, Any, T]) -> T:
+    """As ``asyncio.run``, where Ctrl-C is ignored too, as it is in what a script put into the background: there
+    ``interrupt`` does what it would do, and Ctrl-C nothing.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN or threading.current_thread() != threading.main_thread():
+        return asyncio.run(work)
+
+    async def ignoring() -> T:
+        asyncios = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        _handlers.append(asyncios)
+        return await work
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return asyncio.run(ignoring())
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        _handlers.clear()
+
+
 def interrupt() -> None:
-    """As Ctrl-C does, also where that is ignored, as it is in what a script put into the background."""
+    """As Ctrl-C does."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        raise KeyboardInterrupt
-    signal.raise_signal(signal.SIGINT)
+        handler = _handlers[-1] if _handlers else signal.default_int_handler
+        handler(signal.SIGINT, None)
+    else:
+        signal.raise_signal(signal.SIGINT)
 
 
 def seconds_given() -> float:
@@ -103,4 +128,23 @@ def sigterm_kept() -> Iterator[None]:
     before = signal.getsignal(signal.SIGTERM)
     yield
     if callable(before) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def stoppable(ask: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """SIGTERM (a stopped job) ends a run as Ctrl-C does, unless the run takes it upon itself when it is asked."""
+
+    def stop(*_: Any) -> None:
+        if not ask():
+            interrupt()
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread: the owner of the signals decides
+        yield
+        return
+    try:
+        yield
+    finally:
         signal.signal(signal.SIGTERM, before)

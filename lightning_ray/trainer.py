@@ -6,12 +6,10 @@ The same call works in a plain script, through ``lightning-ray train`` and insid
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import difflib
 import inspect
-import signal
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
@@ -26,7 +24,7 @@ from lightning_ray.launch import current_launch
 from lightning_ray.mirror import run_place
 from lightning_ray.placement.settings import Placement
 from lightning_ray.relay.settings import Upstream, check_upstreams
-from lightning_ray.stopping import Stop, Stopped, interrupt
+from lightning_ray.stopping import Stop, Stopped, run_interruptibly, stoppable
 from lightning_ray.tracing import OtelTracer, Tracer
 from lightning_ray.trackers.choice import Choice, check_installed, check_trackers, name_of
 from lightning_ray.types import Dataset, NamedResources
@@ -170,7 +168,7 @@ class Trainer:
             if self._evaluation is not None:
                 self._evaluate_instead(self._evaluation, agent, datasets)
             try:
-                return asyncio.run(self._fit(agent, datasets))
+                return run_interruptibly(self._fit(agent, datasets))
             except Stopped:
                 raise KeyboardInterrupt from None
 
@@ -243,7 +241,7 @@ class Trainer:
         check_resources(agent, self)
         count = TASKS if tasks is None else tasks
         datasets = [data if data is None else FirstOf(data, count) for data in (train_dataset, val_dataset)]
-        played = asyncio.run(develop(self, agent, datasets, None if folder is None else Path(folder)))
+        played = run_interruptibly(develop(self, agent, datasets, None if folder is None else Path(folder)))
         show(played)
         return played
 
@@ -379,22 +377,3 @@ def refuse_unknown(arguments: dict[str, Any]) -> None:
         close = [RENAMED[name]] if name in RENAMED else difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
         raise ConfigError(f"Trainer({name}={value!r:.60}): there is no such argument; {hint}")
-
-
-@contextlib.contextmanager
-def stoppable(ask: Callable[[], bool] = lambda: False) -> Iterator[None]:
-    """SIGTERM (a stopped job) ends a run as Ctrl-C does, unless the run takes it upon itself when it is asked."""
-
-    def stop(*_: Any) -> None:
-        if not ask():
-            interrupt()
-
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread: the owner of the signals decides
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

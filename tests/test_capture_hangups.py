@@ -174,13 +174,13 @@ async def test_a_retry_takes_the_place_of_the_call_whose_client_was_gone() -> No
     """There are two calls alike: one was answered, of the other its client gave up."""
     client, gone = Client(), asyncio.Event()
     gone.set()
-    await client.call()
     client.edge.app = leaves_when_told
     await client.call(hang_up=gone)
     client.edge.app = client.app
+    await client.call()
     again = [*bearer("ro-1", "at-1"), (b"x-stainless-retry-count", b"1")]
     await client.call(headers=again)
-    answered, given_up, retry = (row for row in client.rows if row["name"] != SUPERSEDED_SPAN)
+    given_up, answered, retry = (row for row in client.rows if row["name"] != SUPERSEDED_SPAN)
     assert "hung_up" not in answered["attributes"] and given_up["attributes"]["hung_up"] is True
     assert retry["attributes"]["retry"] == 1
     assert [row["parent_id"] for row in client.rows if row["name"] == SUPERSEDED_SPAN] == [given_up["span_id"]]

@@ -213,7 +213,13 @@ async def test_programs_do_not_inherit_open_files(tmp_path: Path) -> None:
 
 
 async def test_signals_are_not_blocked_or_ignored() -> None:
-    played = await play(sh("grep -E 'Sig(Blk|Ign)' /proc/self/status", reward=None))
+    """As if this process were in a script's background."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGQUIT)}
+    try:
+        played = await play(sh("grep -E 'Sig(Blk|Ign)' /proc/self/status", reward=None))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     masks = [int(line.split()[1], 16) for line in played.stdout.splitlines()]
     of_the_c_library = 0b11 << 31  # signals 32 and 33, which no program can set
     assert len(masks) == 2 and not any(mask & ~of_the_c_library for mask in masks)

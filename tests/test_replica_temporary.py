@@ -15,7 +15,7 @@ from deployments.temporary import keep_in
 @pytest.fixture
 def usual(monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(tempfile, "tempdir", "/usual")
-    monkeypatch.setenv("TMPDIR", "/usual")
+    monkeypatch.delenv("TMPDIR", raising=False)
     return "/usual"
 
 
@@ -26,16 +26,20 @@ def short_path() -> Iterator[Path]:
 
 
 def test_they_lie_in_rays_session_folder(short_path: Path, usual: str) -> None:
-    for _ in range(2):
-        keep_in(short_path)
-        assert tempfile.gettempdir() == os.environ["TMPDIR"] == str(short_path / "tmp")
-    assert (short_path / "tmp").is_dir()
+    keep_in(short_path)
+    assert tempfile.gettempdir() == os.environ["TMPDIR"] == str(short_path / "tmp")
+    tempfile.NamedTemporaryFile().close()
 
 
-@pytest.mark.parametrize("session", ["gone", "x" * 80])
+@pytest.mark.parametrize("session", ["gone", "x" * 80, "a file"])
 def test_they_stay_where_there_is_no_room_for_them(short_path: Path, usual: str, session: str) -> None:
-    if session != "gone":
-        (short_path / session).mkdir()
+    (short_path / "a file").touch()
+    (short_path / ("x" * 80)).mkdir()
     keep_in(short_path / session)
+    assert tempfile.gettempdir() == usual and "TMPDIR" not in os.environ
+
+
+def test_a_folder_that_was_chosen_is_used(short_path: Path, usual: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", usual)
+    keep_in(short_path)
     assert tempfile.gettempdir() == os.environ["TMPDIR"] == usual
-    assert not (short_path / session / "tmp").exists()

@@ -19,8 +19,7 @@ from lightning_ray.algorithms.loop import TrainingLoop
 from lightning_ray.job_id import this_job
 from lightning_ray.run.folder import RunFolder
 from lightning_ray.run.state import RunState
-from lightning_ray.stopping import Stop, Stopped, seconds_given, sigterm_kept
-from lightning_ray.trainer import stoppable
+from lightning_ray.stopping import Stop, Stopped, seconds_given, sigterm_kept, stoppable
 
 
 class EndlessRun:
@@ -147,32 +146,46 @@ def test_past_its_deadline_it_is_interrupted(ctrl_c: str) -> None:
     code = f"""
 import asyncio, signal
 signal.signal(signal.SIGINT, signal.{ctrl_c})
-from lightning_ray.stopping import Stop
-from lightning_ray.trainer import stoppable
+from lightning_ray.stopping import Stop, run_interruptibly, stoppable
+
+async def helps():
+    try:
+        await asyncio.sleep(60)
+    finally:
+        print("the helper ends")
 
 async def work(stop):
+    helper = asyncio.ensure_future(helps())
     with stop.heard():
         signal.raise_signal(signal.SIGTERM)
-        await asyncio.sleep(60)
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0.1)
+            print("the work ends", helper.done())
 
 stop = Stop()
 with stoppable(stop.ask):
     try:
-        asyncio.run(work(stop))
+        run_interruptibly(work(stop))
     except KeyboardInterrupt:
         print("interrupted", stop._asked.is_set())
+print(signal.getsignal(signal.SIGINT) is signal.{ctrl_c})
 """
     environment = os.environ | {"RAY_JOB_STOP_WAIT_TIME_S": "12.3"}
     told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=50)
-    assert told.stdout == "interrupted True\n", told.stderr
+    expected = ["the work ends False", "the helper ends", "interrupted True", "True"]
+    assert told.stdout.splitlines() == expected, told.stderr
 
 
 @pytest.mark.parametrize("ctrl_c", [signal.default_int_handler, signal.SIG_IGN])
 def test_without_a_run_that_listens_sigterm_is_an_interrupt(ctrl_c: Any) -> None:
     before = signal.signal(signal.SIGINT, ctrl_c)
-    with pytest.raises(KeyboardInterrupt), stoppable():
-        signal.raise_signal(signal.SIGTERM)
-    signal.signal(signal.SIGINT, before)
+    try:
+        with pytest.raises(KeyboardInterrupt), stoppable():
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_who_handled_sigterm_before_ray_does_behind_it() -> None:

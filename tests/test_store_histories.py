@@ -70,10 +70,10 @@ class Model:
         task.status = "preparing"
         self.working.append(name)
 
-    def end(self, name: str, status: str, lost: int, with_worker: bool = False) -> None:
+    def end(self, name: str, status: str, lost: int) -> None:
         """``lost`` is what a failure of the infrastructure weighs."""
         task = self.tasks[name]
-        keeps_turn = with_worker and not task.lost
+        keeps_turn = lost == SHARED_LOSS and not task.lost
         if lost and status != "succeeded":
             again = task.lost < MAX_INFRASTRUCTURE_FAILURES * OWN_LOSS
             task.lost += lost
@@ -106,7 +106,7 @@ class Model:
             elif silent is not None and now - live.seen > silent:
                 self.end(name, "unresponsive", 0)
             elif live.leased and now - live.seen > LEASE:
-                self.end(name, "failed", SHARED_LOSS if held[live.worker] > 1 else OWN_LOSS, with_worker=True)
+                self.end(name, "failed", SHARED_LOSS if held[live.worker] > 1 else OWN_LOSS)
 
 
 NAMES = st.sampled_from("abcdef")
@@ -268,7 +268,7 @@ class AnyHistory(RuleBasedStateMachine):
         )
         assert self.lifecycle.release_worker(worker, "killed", self.now) == held
         for name in held:
-            self.model.end(name, "failed", SHARED_LOSS if len(held) > 1 else OWN_LOSS, with_worker=True)
+            self.model.end(name, "failed", SHARED_LOSS if len(held) > 1 else OWN_LOSS)
 
     @rule(names=st.sets(NAMES, max_size=2))
     def delete(self, names: set[str]) -> None:

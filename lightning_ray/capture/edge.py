@@ -237,7 +237,11 @@ def replay(body: bytes, receive: Receive, hung_up: Callable[[], None]) -> Receiv
     async def receive_again() -> Message:
         nonlocal given
         if given:
-            message = await receive()
+            try:
+                message = await receive()
+            except Exception:  # Serve's proxy, which the client was behind, is gone
+                hung_up()
+                raise
             if message["type"] == "http.disconnect":
                 hung_up()
             return message

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_ray.errors import ConfigError
+from lightning_ray.stopping import run_interruptibly
 from lightning_ray.types import Dataset
 
 if TYPE_CHECKING:
@@ -79,4 +79,4 @@ def evaluate_subject(
     subject = subject_of(of, trainer)
     folder = RunFolder(Path(trainer.folder).parent / (name or trainer.folder.name + SUFFIX))
     session = EvaluationSession(trainer, agent, subject, settings)
-    return asyncio.run(session.run(tasks, data or f"{len(tasks)} tasks", folder, tags))
+    return run_interruptibly(session.run(tasks, data or f"{len(tasks)} tasks", folder, tags))

@@ -421,8 +421,8 @@ class Lifecycle:
         retry = entry.infrastructure < MAX_INFRASTRUCTURE_FAILURES * OWN_LOSS
         failure = None if retry else {"kind": INFRASTRUCTURE, "reason": reason}
         told = {**(metadata or {}), INFRASTRUCTURE: True, "reason": reason}
-        # What was reported would fail again at once; what is lost again may be what kills its workers.
-        keeps_turn = metadata is None and not entry.infrastructure
+        # What was lost alone, or is lost again, may be what kills its workers: the others go first.
+        keeps_turn = weight == SHARED_LOSS and not entry.infrastructure
         self._emit_end(live, status, told, now, weight, "requeuing" if retry else "failed", failure, keeps_turn)
 
     def _weight(self, worker_id: str | None) -> int:
