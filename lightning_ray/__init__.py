@@ -103,6 +103,7 @@ if TYPE_CHECKING:
         TraceToTripletBase,
         Triplet,
     )
+    from lightning_ray.agent_lightning import InMemoryLightningStore, LightningStore, LightningStoreClient, Runner
     from lightning_ray.algorithms.apo import APO
     from lightning_ray.algorithms.batches import batch_iter_over_dataset
     from lightning_ray.algorithms.decorator import FunctionalAlgorithm, algo
@@ -117,6 +118,7 @@ if TYPE_CHECKING:
     from lightning_ray.evaluation.comparison import Comparison, compare
     from lightning_ray.evaluation.report import EvaluationReport
     from lightning_ray.evaluation.settings import EvaluationSettings
+    from lightning_ray.logs import configure_logger, setup_logging, setup_module_logging
     from lightning_ray.stepper import LitAgentRunner
     from lightning_ray.trajectories.episode import Episode
 
@@ -154,9 +156,12 @@ __all__ = [
     "FunctionalLitAgent",
     "GroupPolicy",
     "Hook",
+    "InMemoryLightningStore",
     "InfrastructureError",
     "Keep",
     "LightningRayError",
+    "LightningStore",
+    "LightningStoreClient",
     "Link",
     "LitAgent",
     "LitAgentRunner",
@@ -183,6 +188,7 @@ __all__ = [
     "RolloutMode",
     "RolloutRawResult",
     "RolloutStatus",
+    "Runner",
     "Span",
     "SpanAttributeNames",
     "SpanContext",
@@ -211,6 +217,7 @@ __all__ = [
     "batch_iter_over_dataset",
     "clear_active_tracer",
     "compare",
+    "configure_logger",
     "emit_annotation",
     "emit_exception",
     "emit_message",
@@ -230,6 +237,8 @@ __all__ = [
     "reward",
     "rollout",
     "set_active_tracer",
+    "setup_logging",
+    "setup_module_logging",
     "with_llm_proxy",
     "with_store",
 ]
@@ -267,13 +276,35 @@ _LAZY = {
     "algo": "lightning_ray.algorithms.decorator",
     "compare": "lightning_ray.evaluation.comparison",
     "batch_iter_over_dataset": "lightning_ray.algorithms.batches",
+    **dict.fromkeys(("configure_logger", "setup_logging", "setup_module_logging"), "lightning_ray.logs"),
+    **dict.fromkeys(
+        ("InMemoryLightningStore", "LightningStore", "LightningStoreClient", "Runner"), "lightning_ray.agent_lightning"
+    ),
     "with_llm_proxy": "lightning_ray.algorithms.injection",
     "with_store": "lightning_ray.algorithms.injection",
 }
 """Name -> the module that has it, which is imported on first use."""
 
 
+_PLACED = "Ray places and runs everything: leave it out"
+_INSTEAD = {
+    "VERL": "train with lr.GRPO(model=..., ...), whose settings are named in README.md",
+    "LLMProxy": "a run captures its policy by itself; for other models give Trainer(relays={'name': lr.Upstream(...)})",
+    "LightningStoreServer": "serve a store by `serve run deployments.store_api:app`",
+    "LightningStoreThreaded": "a StoreClient or HttpStoreClient may be used from any thread as it is",
+    "ExecutionStrategy": _PLACED,
+    "ClientServerExecutionStrategy": _PLACED,
+    "SharedMemoryExecutionStrategy": _PLACED,
+    "AgentLightningServer": "of Agent Lightning before 0.2; call Trainer.fit",
+    "AgentLightningClient": "of Agent Lightning before 0.2; decorate the agent with @lr.rollout",
+    "DevTaskLoader": "of Agent Lightning before 0.2; call Trainer.dev",
+}
+"""Names of Agent Lightning 0.3 that are gone -> what stands in their place."""
+
+
 def __getattr__(name: str) -> Any:
+    if name in _INSTEAD:  # an AttributeError's message would be lost by ``from lightning_ray import``
+        raise ImportError(f"lightning_ray has no {name}: {_INSTEAD[name]}")
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_LAZY[name]), name)

@@ -70,7 +70,7 @@ class Trainer:
         store: where ``dev`` keeps rollouts and spans; a run has its own.
         llm_proxy: handed to algorithms that ask for it.
         max_rollouts: after how many ``dev`` stops.
-        strategy, dev: of Agent Lightning 0.3; accepted, and without effect.
+        strategy, dev: of Agent Lightning 0.3; accepted, and without effect, but for a strategy's ``n_runners``.
     """
 
     def __init__(
@@ -100,7 +100,9 @@ class Trainer:
         **unknown: Any,
     ):
         refuse_unknown(unknown)
-        if strategy is not None:
+        if isinstance(strategy, Mapping) and "n_runners" in strategy:
+            n_runners = strategy["n_runners"]
+        elif strategy is not None:
             warnings.warn(f"strategy={strategy!r} has no effect: Ray places and runs everything", stacklevel=2)
         if dev:
             warnings.warn("Trainer(dev=True) has no effect; call Trainer.dev(...)", DeprecationWarning, stacklevel=2)
