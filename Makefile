@@ -7,7 +7,7 @@
 PYTHON ?= python3
 KIND ?= cpu
 VENV := .venv
-READY := $(VENV)/.ready
+READY := $(VENV)/.ready-$(KIND)
 
 NODE := examples/frameworks/node
 FRAMEWORKS := $(patsubst requirements/frameworks/%.txt,.frameworks/%/.ready,$(wildcard requirements/frameworks/*.txt))
@@ -36,6 +36,7 @@ setup: $(READY)
 # torchcodec, which the engine's package asks for, text policies do not need, and whose wheels do not fit the CPU build of torch.
 $(READY): pyproject.toml requirements/$(KIND).txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lightning-ray needs Python 3.11 or newer; set PYTHON=")'
+	$(if $(filter-out $(READY),$(wildcard $(VENV)/.ready-*)),rm -rf $(VENV))  # of another kind: its packages are others
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/$(KIND).txt
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .

@@ -26,8 +26,8 @@ COSTS = Path(__file__).with_name("scale.json")
 BUSY = 0.6
 """Of a core that a process of one thread is to be busy at most, so that waiting stays short."""
 NODE_CORES = 64
-REPLICA_MS_A_CALL = 4.25
-"""CPU of a replica's front end, vLLM's app (2.5) and capture (1.75); benchmarks/RESULTS.md, Capture."""
+REPLICA_MS_A_CALL = 3.13
+"""CPU of a replica's front end, vLLM's app (2.4) and capture (0.73); benchmarks/RESULTS.md, Capture."""
 DISK_SHARE = 0.48
 """Of a span's bytes as Arrow, once compacted; benchmarks/RESULTS.md, The span store."""
 ID_BYTES, SAMPLED_BYTES, TEXT_BYTES, SPAN_BYTES = 4, 12, 4.5, 1000

@@ -1,6 +1,6 @@
 """What does a proved weight swap take, with answers being sampled, over what loading the weights takes by itself?
 
-    python -m benchmarks.weights            an 83M model and a 0.6M one, by the object store and by gloo, and a LoRA
+    python -m benchmarks.weights            an 80M model and a 0.6M one, by the object store and by gloo, and a LoRA
                                             adapter of the larger alone (5 minutes)
     python -m benchmarks.weights --quick    without gloo, fewer swaps (3 minutes)
 
@@ -43,7 +43,7 @@ SIZES = {
     "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "vocab_size": 1024},
     "83m": {"hidden_size": 640, "intermediate_size": 1920, "num_hidden_layers": 12, "vocab_size": 32_000},
 }
-"""Qwen3 with tied embeddings: 0.6M and 83M parameters."""
+"""Qwen3 with tied embeddings: 0.6M and 80M parameters."""
 LORA_RANK = 16
 IN_FLIGHT = 4
 WARM_SWAPS = 3

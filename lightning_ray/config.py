@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from lightning_ray.errors import ConfigError
 
+CPU_KV_CACHE_MB = 128
+
 
 class Settings(BaseModel):
     """Base of all settings."""
@@ -51,7 +53,9 @@ class EngineSettings(Settings):
     """Of engine and trainer; ``auto`` is float32 on CPU and bfloat16 on CUDA."""
     max_model_len: int | None = None
     max_num_seqs: int = Field(default=64, ge=1)
-    kv_cache_memory_mb: int = Field(default=128, ge=8)
+    kv_cache_memory_mb: int | None = Field(default=None, ge=8)
+    """Of a replica; by default 128 on CPU, and on a GPU what vLLM finds there (``arguments`` takes its
+    ``gpu-memory-utilization``), or half of it where the trainer has the other half."""
     tool_parser: str | None = None
     """vLLM's parser of tool calls (``hermes``, ``qwen3_coder``, ...); without one, tools cannot be called."""
     reasoning_parser: str | None = None
@@ -87,6 +91,13 @@ class EngineSettings(Settings):
         if self.process == "auto":
             return "replica" if self.device == "cpu" and self.world_size == 1 else "own"
         return self.process
+
+    @property
+    def chosen_kv_cache_mb(self) -> int | None:
+        """``kv_cache_memory_mb``, with its default; None leaves it to vLLM."""
+        if self.kv_cache_memory_mb is None and self.device == "cpu":
+            return CPU_KV_CACHE_MB
+        return self.kv_cache_memory_mb
 
     @property
     def chosen_dtype(self) -> Literal["float32", "bfloat16"]:

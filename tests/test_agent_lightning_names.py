@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -56,9 +56,8 @@ async def test_a_store_in_memory_is_enough_to_step_an_agent() -> None:
     with runner.run_context(agent=shout, store=store):
         rollout = await runner.step("abc", resources={"main_llm": lr.LLM(endpoint="http://127.0.0.1:1", model="none")})
     assert lr.find_final_reward((await store.query_spans(rollout.rollout_id)).items) == 3.0
-    assert os.path.isdir(store._folder.name)
     await store.close()
-    assert not os.path.exists(store._folder.name)
+    assert store._folder.name not in map(str, Path(tempfile.gettempdir()).glob("lightning-ray-*"))  # noqa: ASYNC240
 
 
 def test_a_client_of_a_store_wants_its_token(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ AFTERMATH: Mapping[str, tuple[str, str]] = {
 SHORT_OF_MEMORY = {
     "runner": "fewer rollouts at once (concurrency) take less memory",
     "policy replica": "a smaller engine.kv_cache_memory_mb or engine.max_model_len takes less memory",
-    "trainer rank": "more ranks or a smaller micro_batch_tokens take less memory each",
+    "trainer rank": "more ranks or a smaller algorithm.micro_batch_tokens take less memory each",
 }
 """By role: what to change when it was killed for want of memory."""
 

@@ -62,6 +62,9 @@ class TrainingSettings(OptimizerSettings):
     """Passes over a batch."""
     minibatch_rollouts: int = Field(default=64, ge=1)
     """At most this many rollouts to an optimizer step."""
+    micro_batch_tokens: int = Field(default=2048, ge=1)
+    """Padded tokens to a forward pass; a longer row goes alone. Changes cost and memory, not results: small
+    ones stay in a CPU's cache, a GPU wants tens of thousands."""
     seed: int = 0
 
     @model_validator(mode="after")
@@ -130,9 +133,6 @@ class UpdateSettings(LearningSettings):
     before the first step, which lets the reverse divergence from the teacher fall."""
     credit: Literal["outcome", "step"] = "outcome"
     """One reward a rollout, or one each model call (column ``step_rewards``): DeepSeekMath's process supervision."""
-    micro_batch_tokens: int = Field(default=2048, ge=1)
-    """Padded tokens to a forward pass; a longer row goes alone. Changes cost and memory, not results: small
-    ones stay in a CPU's cache, a GPU wants tens of thousands."""
     check_logprobs: bool = True
     """Compare the engine's logprobs with the trainer's before the first step (one more forward pass, but for
     the first minibatch)."""
