@@ -27,7 +27,7 @@ README = """# Run {name}
 |---|---|
 | `summary.json` | the figures at the end |
 | `reward.png` | reward and validation over the steps |
-| `training.png` | beside them entropy, lengths, staleness, where the time went, and swaps |
+| `training.png`, `training.NAME.png` | beside them entropy, lengths, staleness, where the time went, and swaps |
 | `metrics.jsonl` | one JSON object for each step and each validation |
 | `tensorboard/` | the same for `tensorboard --logdir`; `wandb/` for W&B, if it was asked for |
 | `steps.jsonl` | for each step the groups of rollouts that it settled, in order, and the version of the weights |
@@ -37,6 +37,7 @@ README = """# Run {name}
 | `owner.json` | who works on it, or did last: process, host and Ray job |
 | `ray.json` | while it runs: Ray's address and namespace, and the name of the store's actor |
 | `checkpoints/` | the last models and the best validated, in Hugging Face format, each with the state of its training |
+| `model/`, `models/NAME/` | the model that it began with, if it made one itself |
 | `store/` | every rollout and span: `lightning-ray spans "SELECT ..." FOLDER`, or `lightning_ray.store.open_folder` |
 
 `lightning-ray doctor FOLDER` tells what became of every rollout, and why some gave no training data.
