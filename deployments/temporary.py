@@ -19,6 +19,8 @@ NAME_BYTES = 37
 
 def keep_with_ray() -> None:
     """Make the session folder of this process's Ray its temporary folder, and that of processes it starts."""
+    if not ray.is_initialized():  # a replica by itself
+        return
     context = ray.get_runtime_context()
     os.environ.setdefault("RAY_ADDRESS", context.gcs_address)  # which Ray looks for below the temporary folder
     keep_in(Path(context.get_temp_dir(), context.get_session_name()))
