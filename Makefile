@@ -5,8 +5,8 @@
 # make lock             resolves the pinned environments anew (requirements/cpu.txt, and from it gpu.txt and runner.txt)
 
 PYTHON ?= python3
-KIND ?= cpu
 VENV := .venv
+KIND ?= $(firstword $(patsubst $(VENV)/.ready-%,%,$(wildcard $(VENV)/.ready-*)) cpu)
 READY := $(VENV)/.ready-$(KIND)
 
 NODE := examples/frameworks/node

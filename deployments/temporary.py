@@ -30,12 +30,17 @@ def keep_in(session: Path) -> None:
     """Make a folder of ``session`` the temporary one, unless one was chosen, or nothing can be written there, or
     sockets would have no room.
     """
-    folder = session / "tmp"
-    if "TMPDIR" in os.environ or len(os.fsencode(folder)) + NAME_BYTES > SOCKET_BYTES:
+    folder, chosen = str(session / "tmp"), os.environ.get("TMPDIR")
+    if not has_room(folder) or (chosen and has_room(chosen)):
         return
     try:
-        folder.mkdir(exist_ok=True)
+        Path(folder).mkdir(exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
-            os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
+            os.environ["TMPDIR"] = tempfile.tempdir = folder
     except OSError:
         return
+
+
+def has_room(folder: str) -> bool:
+    """Whether the engine's sockets may have their paths there."""
+    return len(os.fsencode(folder)) + NAME_BYTES <= SOCKET_BYTES

@@ -295,6 +295,7 @@ _INSTEAD = {
     "ExecutionStrategy": _PLACED,
     "ClientServerExecutionStrategy": _PLACED,
     "SharedMemoryExecutionStrategy": _PLACED,
+    "lightning_cli": "run the script by `lightning-ray train SCRIPT --set NAME=VALUE`",
     "AgentLightningServer": "of Agent Lightning before 0.2; call Trainer.fit",
     "AgentLightningClient": "of Agent Lightning before 0.2; decorate the agent with @lr.rollout",
     "DevTaskLoader": "of Agent Lightning before 0.2; call Trainer.dev",

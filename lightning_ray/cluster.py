@@ -19,8 +19,6 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
 from lightning_ray.agent import LitAgent
 from lightning_ray.capture.audience import POLICY, one_of_several
 from lightning_ray.config import EngineSettings, RunnerSettings
@@ -28,7 +26,7 @@ from lightning_ray.deaths import Death
 from lightning_ray.deaths.watch import DeathWatch
 from lightning_ray.errors import ConfigError, InfrastructureError
 from lightning_ray.hooks import Hook
-from lightning_ray.machine import end_processes, environment
+from lightning_ray.machine import end_processes, environment, grown_from
 from lightning_ray.mirror.place import url_of
 from lightning_ray.net import free_port
 from lightning_ray.placement.asks import Wanted
@@ -340,7 +338,7 @@ class Cluster:
 
         if self._deaths is not None:
             self._deaths.stop()
-        grown = psutil.Process().children(recursive=True) if self._scratch is not None else []
+        grown = grown_from(str(self._scratch.path)) if self._scratch is not None else []
         if ray.is_initialized():
             with suppress(Exception):  # a part that does not end is ended below, or by its owner's end
                 async with asyncio.timeout(STOP_SECONDS):

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from lightning_ray.errors import ConfigError
 
-CPU_KV_CACHE_MB = 128
+CPU_KV_CACHE_MB, SHARED_KV_CACHE_MB = 128, 2048
 
 
 class Settings(BaseModel):
@@ -54,8 +54,8 @@ class EngineSettings(Settings):
     max_model_len: int | None = None
     max_num_seqs: int = Field(default=64, ge=1)
     kv_cache_memory_mb: int | None = Field(default=None, ge=8)
-    """Of a replica; by default 128 on CPU, and on a GPU what vLLM finds there (``arguments`` takes its
-    ``gpu-memory-utilization``), or half of it where the trainer has the other half."""
+    """Of a replica; by default 128 on CPU, 2048 on a GPU that it shares with the trainer, and what vLLM finds on one of
+    its own (``arguments`` takes its ``gpu-memory-utilization``)."""
     tool_parser: str | None = None
     """vLLM's parser of tool calls (``hermes``, ``qwen3_coder``, ...); without one, tools cannot be called."""
     reasoning_parser: str | None = None
@@ -95,9 +95,11 @@ class EngineSettings(Settings):
     @property
     def chosen_kv_cache_mb(self) -> int | None:
         """``kv_cache_memory_mb``, with its default; None leaves it to vLLM."""
-        if self.kv_cache_memory_mb is None and self.device == "cpu":
-            return CPU_KV_CACHE_MB
-        return self.kv_cache_memory_mb
+        if self.kv_cache_memory_mb is not None:
+            return self.kv_cache_memory_mb
+        if self.share_gpu:  # vLLM would take what the trainer allocates meanwhile for its own
+            return SHARED_KV_CACHE_MB
+        return CPU_KV_CACHE_MB if self.device == "cpu" else None
 
     @property
     def chosen_dtype(self) -> Literal["float32", "bfloat16"]:

@@ -120,7 +120,7 @@ async def develop(
         agent.set_trainer(trainer)
         attach(algorithm, trainer)
         algorithm.set_store(StoreOfLoop(store, asyncio.get_running_loop()))
-        runner = LitAgentRunner(trainer.tracer, trainer.max_rollouts, poll_interval=POLL_SECONDS)
+        runner: LitAgentRunner[Any] = LitAgentRunner(trainer.tracer, trainer.max_rollouts, poll_interval=POLL_SECONDS)
 
         async def learn() -> None:
             await run_algorithm(algorithm, *datasets)

@@ -82,7 +82,7 @@ def setup_module_logging(
     logger.propagate = propagate
     if disable_existing_loggers:
         for other in logging.root.manager.loggerDict.values():
-            if isinstance(other, logging.Logger) and other is not logger:
+            if isinstance(other, logging.Logger) and not f"{other.name}.".startswith(f"{name}."):
                 other.disabled = True
     logger.handlers = [_console(color)] if console else []
     return logger

@@ -54,6 +54,16 @@ def short_temp() -> str:
     return usual if len(usual) < 30 else "/tmp"
 
 
+def grown_from(mark: str) -> list[psutil.Process]:
+    """The children of this process whose command lines name ``mark``, and all that has grown out of them."""
+    found: list[psutil.Process] = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if any(mark in word for word in child.cmdline()):
+                found += [child, *child.children(recursive=True)]
+    return found
+
+
 def end_processes(processes: Sequence[psutil.Process]) -> None:
     """Make sure that these very processes have ended; within five seconds, if the system lets them."""
     for process in processes:

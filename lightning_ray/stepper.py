@@ -11,7 +11,7 @@ import bdb
 import contextlib
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 from lightning_ray.agent import LitAgent, contained
 from lightning_ray.errors import AgentError, ConfigError
@@ -26,6 +26,8 @@ from lightning_ray.store.base import Store
 from lightning_ray.tracing import AttemptTrace, OtelTracer, Tracer
 from lightning_ray.types import AttemptedRollout, NamedResources, ProxyLLM, Rollout, RolloutMode
 
+T = TypeVar("T")
+
 
 class StopSignal(Protocol):
     """What tells ``iter`` to stop: a threading.Event, for instance."""
@@ -33,14 +35,15 @@ class StopSignal(Protocol):
     def is_set(self) -> bool: ...
 
 
-class LitAgentRunner(ParallelWorkerBase):
-    """Plays an agent on rollouts of a store.
+class LitAgentRunner(ParallelWorkerBase, Generic[T]):
+    """Plays an agent on rollouts of a store; ``T`` is a task.
 
     Args:
         tracer: what hooks and agents see as their tracer.
         max_rollouts: after how many ``iter`` ends.
         poll_interval: seconds after which ``iter`` looks at its stop signal while the queue is empty.
-        heartbeat_interval: seconds between two signs of life while an async agent is played.
+        heartbeat_interval: seconds between two signs of life while an async agent is played; 0 for none.
+        interval_jitter, heartbeat_launch_mode, heartbeat_include_gpu: of Agent Lightning 0.3; accepted, without effect.
     """
 
     def __init__(
@@ -49,6 +52,9 @@ class LitAgentRunner(ParallelWorkerBase):
         max_rollouts: int | None = None,
         poll_interval: float = 5.0,
         heartbeat_interval: float = 10.0,
+        interval_jitter: float = 0.5,
+        heartbeat_launch_mode: str = "thread",
+        heartbeat_include_gpu: bool = False,
     ) -> None:
         self.tracer = tracer if tracer is not None else OtelTracer()
         self.max_rollouts = max_rollouts
@@ -159,7 +165,7 @@ class LitAgentRunner(ParallelWorkerBase):
         """Keep the lease while the event loop runs."""
 
         async def beat() -> None:
-            while True:
+            while self.heartbeat_interval > 0:
                 await asyncio.sleep(self.heartbeat_interval)
                 await self.get_store().heartbeat(
                     self.get_worker_id(), [(rollout.rollout_id, rollout.attempt.attempt_id)]

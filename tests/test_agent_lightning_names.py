@@ -23,6 +23,7 @@ GONE = [
     "ExecutionStrategy",
     "ClientServerExecutionStrategy",
     "SharedMemoryExecutionStrategy",
+    "lightning_cli",
     "AgentLightningServer",
     "AgentLightningClient",
     "DevTaskLoader",
@@ -52,7 +53,7 @@ async def shout(task: str, llm: lr.LLM) -> float:
 async def test_a_store_in_memory_is_enough_to_step_an_agent() -> None:
     store = lr.InMemoryLightningStore()
     assert isinstance(store, lr.LightningStore) and lr.LightningStore is Store
-    runner = lr.LitAgentRunner(lr.OtelTracer())
+    runner = lr.LitAgentRunner[str](lr.OtelTracer(), interval_jitter=0.1)
     with runner.run_context(agent=shout, store=store):
         rollout = await runner.step("abc", resources={"main_llm": lr.LLM(endpoint="http://127.0.0.1:1", model="none")})
     assert lr.find_final_reward((await store.query_spans(rollout.rollout_id)).items) == 3.0
@@ -104,7 +105,7 @@ def test_logs_go_to_the_console_and_to_files(
 
 
 def test_one_part_of_the_library_may_log_more(loggers: list[logging.Logger]) -> None:
-    own, below, _ = loggers
+    own, below, another = loggers
     kept: list[logging.LogRecord] = []
     handler = logging.Handler()
     handler.emit = kept.append  # type: ignore[method-assign]
@@ -114,5 +115,9 @@ def test_one_part_of_the_library_may_log_more(loggers: list[logging.Logger]) -> 
     assert [record.getMessage() for record in kept] == ["yes"]
     with pytest.warns(DeprecationWarning, match="call setup_logging"):
         assert lr.configure_logger(logging.INFO, "another").level == logging.INFO
+    below.disabled = another.disabled = False
+    lr.setup_logging("INFO", console=False, disable_existing_loggers=True)
+    silenced, another.disabled = another.disabled, False
+    assert silenced and not below.disabled
     with pytest.raises(ValueError, match="LOUD"):
         lr.setup_logging("LOUD")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,13 @@ def test_an_algorithm_over_the_store_learns_in_a_run(tmp_path: Path, capsys: pyt
     trainer = lr.Trainer(
         algorithm=search, initial_resources=PROMPT, n_runners=1, name="search", runs_dir=tmp_path, concurrency=4
     )
-    summary = trainer.fit(echo, ["a", "bc"])
+    mine = subprocess.Popen(["sleep", "600"])
+    try:
+        summary = trainer.fit(echo, ["a", "bc"])
+        assert mine.poll() is None, "what the script started itself is not the run's to end"
+    finally:
+        mine.kill()
+        mine.wait()
     assert search.best == (float(len("Say it aloud: a") + len("Say it aloud: bc")), "Say it aloud: {word}")
     assert summary["rollouts_by_status"] == {"succeeded": 4}
     folder = tmp_path / "search"

@@ -25,9 +25,11 @@ def told(**settings: Any) -> dict[str, str]:
         ({"kv_cache_memory_mb": 16}, {BYTES: str(16 * 2**20)}),
         ({"device": "cuda"}, {}),
         ({"device": "cuda", "arguments": {"gpu-memory-utilization": 0.6}}, {SHARE: "0.6"}),
-        ({"device": "cuda", "share_gpu": True}, {SHARE: "0.45"}),
-        ({"device": "cuda", "share_gpu": True, "arguments": {"gpu-memory-utilization": 0.3}}, {SHARE: "0.3"}),
-        ({"device": "cuda", "share_gpu": True, "kv_cache_memory_mb": 512}, {BYTES: str(512 * 2**20)}),
+        ({"device": "cuda", "share_gpu": True}, {BYTES: str(2048 * 2**20), SHARE: "0.45"}),
+        (
+            {"device": "cuda", "share_gpu": True, "kv_cache_memory_mb": 512, "arguments": {SHARE[2:]: 0.3}},
+            {BYTES: str(512 * 2**20), SHARE: "0.3"},
+        ),
     ],
 )
 def test_the_memory_for_keys_and_values(settings: dict[str, Any], expected: dict[str, str]) -> None:

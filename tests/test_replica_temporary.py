@@ -43,3 +43,6 @@ def test_a_folder_that_was_chosen_is_used(short_path: Path, usual: str, monkeypa
     monkeypatch.setenv("TMPDIR", usual)
     keep_in(short_path)
     assert tempfile.gettempdir() == os.environ["TMPDIR"] == usual
+    monkeypatch.setenv("TMPDIR", "/" + "x" * 80)
+    keep_in(short_path)
+    assert os.environ["TMPDIR"] == str(short_path / "tmp"), "sockets had no room there"

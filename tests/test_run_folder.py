@@ -18,7 +18,7 @@ from lightning_ray.data import Epochs
 from lightning_ray.errors import ConfigError
 from lightning_ray.evaluation import evaluate
 from lightning_ray.progress import Reporter, advance, as_current, fitting, short_seconds, step_line
-from lightning_ray.run.folder import KEEP_CHECKPOINTS, RunFolder, step_of, write_json
+from lightning_ray.run.folder import KEEP_CHECKPOINTS, RunFolder, write_json
 from lightning_ray.run.state import PolicyState, RunState
 from lightning_ray.run.summary import summarize, summary_table
 from lightning_ray.trackers.jsonl import JsonlTracker
@@ -111,8 +111,20 @@ def test_the_best_validated_checkpoint_is_kept_too(folder: RunFolder, keep: int 
             with (folder.path / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps({"kind": "val", "mode": mode, "step": step, "reward": reward}) + "\n")
         checkpoint(folder, step)
-    assert sorted(map(step_of, folder.checkpoints.glob("step-*"))) == [3, *last]
+    assert list(folder.kept()) == [3, *last]
     assert folder.best([2, 4, 8]) == 2 and folder.best([1, 5]) is None
+
+
+def test_what_is_no_checkpoint_and_a_broken_line_do_no_harm(folder: RunFolder) -> None:
+    mine = folder.checkpoints / "step-000001-mine"
+    mine.mkdir()
+    (folder.path / "metrics.jsonl").write_text('{"kind": "val", "mo{"kind": "train"}\n')
+    for step in range(1, 6):
+        checkpoint(folder, step)
+    assert mine.is_dir() and list(folder.kept()) == [1, 2, 3, 4, 5]
+    (folder.path / "metrics.jsonl").unlink()
+    checkpoint(folder, 6)
+    assert list(folder.kept()) == [4, 5, 6] and mine.is_dir()
 
 
 def test_a_checkpoint_made_again_replaces_the_old_one(folder: RunFolder) -> None:

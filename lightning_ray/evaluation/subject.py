@@ -151,7 +151,7 @@ def _holds_model(folder: Path) -> bool:
 def checkpoint(run: Path, which: str) -> Subject:
     """A checkpoint of a run: ``latest``, ``best``, ``initial`` or a step. Raises ConfigError naming those it has."""
     folder = RunFolder(run)
-    kept = {step_of(path): path for path in sorted(folder.checkpoints.glob("step-*"))}
+    kept = folder.kept()
     if which == INITIAL:
         return _initial(run)
     latest = folder.latest_checkpoint()
@@ -173,7 +173,7 @@ def checkpoint(run: Path, which: str) -> Subject:
             f"{run}@{which}: there is no such checkpoint; there are {LATEST}, {BEST}, {INITIAL}, "
             f"{', '.join(map(str, kept))}"
         )
-    return _checkpointed(f"{run}, step {step_of(chosen)}", chosen)
+    return _checkpointed(f"{run}, step {step_of(chosen.name)}", chosen)
 
 
 def _initial(run: Path) -> Subject:

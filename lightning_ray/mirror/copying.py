@@ -123,8 +123,8 @@ class RunCopy:
 
     def _drop_old_checkpoints(self) -> None:
         there = self.remote.files("checkpoints")
-        steps = {name: step_of(Path(name.split("/")[1])) for name in there if name.startswith("checkpoints/step-")}
-        old = self._folder.superseded(set(steps.values()))
+        steps = {name: step_of(name.split("/")[1]) for name in there if name.startswith("checkpoints/step-")}
+        old = self._folder.superseded({step for step in steps.values() if step is not None})
         self.remote.remove([name for name, step in steps.items() if step in old])
 
 

@@ -8,7 +8,7 @@ from lightning_ray.config import EngineSettings
 
 WORKER_EXTENSION = "lightning_ray.policy.vllm_worker.WorkerExtension"
 SHARED_GPU = 0.45
-"""What of a GPU's memory the engine takes beside a trainer rank."""
+"""What of a GPU's memory must be free for an engine beside a trainer rank."""
 
 
 def engine_arguments(model: str, model_name: str, settings: EngineSettings) -> list[str]:
@@ -20,7 +20,7 @@ def engine_arguments(model: str, model_name: str, settings: EngineSettings) -> l
         "dtype": settings.chosen_dtype,
         "max-num-seqs": settings.max_num_seqs,
         "kv-cache-memory-bytes": None if cache is None else cache * 2**20,
-        "gpu-memory-utilization": SHARED_GPU if settings.share_gpu and cache is None else None,
+        "gpu-memory-utilization": SHARED_GPU if settings.share_gpu else None,
         "tensor-parallel-size": settings.tensor_parallel,
         "pipeline-parallel-size": settings.pipeline_parallel,
         "distributed-executor-backend": _executor(settings),

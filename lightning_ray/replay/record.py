@@ -72,11 +72,10 @@ class Beginning:
 def beginning(run: RunFolder, step: int) -> Beginning:
     """Where to begin so as to come to ``step``: the checkpoint there, the last before it, or the initial model."""
     found = [Beginning()]
-    for folder in run.checkpoints.glob("step-*"):
-        number = folder.name.removeprefix("step-")
+    for number, folder in run.kept().items():
         part = run.part(folder)
-        if number.isdigit() and int(number) <= step and (part / STATE / PROGRESS).is_file():
-            found.append(Beginning(int(number), part))
+        if number <= step and (part / STATE / PROGRESS).is_file():
+            found.append(Beginning(number, part))
     return max(found, key=lambda each: (each.step, each.checkpoint is not None))
 
 
@@ -107,6 +106,6 @@ def chain(run: RunFolder, step: int) -> tuple[Beginning, list[StepRecord]]:
         raise ConfigError(
             f"--step {step} cannot be replayed: the last weights before it are {start}, and of the steps between, "
             f"{missing} are not recorded in {run.path / STEPS}; choose a step behind a checkpoint, of which a run "
-            "keeps the last ones (algorithm.checkpoint_every)"
+            "keeps the last ones (algorithm.keep_checkpoints)"
         )
     return start, [records[number] for number in range(start.step, step + 1) if records[number].trained]

@@ -131,17 +131,25 @@ class RunFolder:
         pointer = self.checkpoints / ".latest"
         pointer.write_text(final.name)
         os.replace(pointer, self.checkpoints / "latest")
-        there = {step_of(folder): folder for folder in self.checkpoints.glob("step-*")}
+        there = self.kept()
         for old in self.superseded(there):
             shutil.rmtree(there[old], ignore_errors=True)
         return final
+
+    def kept(self) -> dict[int, Path]:
+        """The checkpoints that there are, by their steps."""
+        there = {step_of(folder.name): folder for folder in sorted(self.checkpoints.glob("step-*"))}
+        return {step: folder for step, folder in there.items() if step is not None}
 
     def superseded(self, steps: Collection[int]) -> set[int]:
         """Of the steps of these checkpoints those that need not be kept: the last ones stay, and the best."""
         config = self.path / "config.json"
         settings = (json.loads(config.read_text()).get("algorithm") or {}) if config.is_file() else {}
         older = set(sorted(steps)[: -settings.get("keep_checkpoints", KEEP_CHECKPOINTS)])
-        return older and older - {self.best(steps)}
+        try:
+            return older and older - {self.best(steps)}
+        except ValueError:  # a broken line in metrics.jsonl: which is the best is not known
+            return set()
 
     def best(self, steps: Collection[int]) -> int | None:
         """Of these steps the one with the highest greedy validation reward, the latest of equals; None if none was
@@ -210,9 +218,10 @@ class RunFolder:
             self.plot()
 
 
-def step_of(checkpoint: Path) -> int:
-    """The number of steps behind a checkpoint, by its folder's name."""
-    return int(checkpoint.name.removeprefix("step-"))
+def step_of(name: str) -> int | None:
+    """The number of steps behind a checkpoint, by its folder's name; None for what is none."""
+    number = name.removeprefix("step-")
+    return int(number) if number.isdigit() else None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -163,8 +163,8 @@ class Store(ABC):
         timeout: float = 0.0,
         request_id: str | None = None,
     ) -> list[AttemptedRollout]:
-        """Lease up to ``limit`` rollouts, what a lost worker played and then oldest first; with an empty queue
-        wait up to ``timeout`` seconds for one.
+        """Lease up to ``limit`` rollouts, first what was lost with a worker that played several, then the oldest; with
+        an empty queue wait up to ``timeout`` seconds for one.
 
         The lease is renewed by ``heartbeat`` and by spans. Resending with the same ``request_id`` gives the
         same claims.

@@ -68,6 +68,7 @@ FORMULAS: dict[str, Formula] = {
 def folders(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The policy, and a reference that is not equal to it."""
     other, model = tmp_path_factory.mktemp("reference") / "model", load(folder)
+    torch.manual_seed(1)
     with torch.no_grad():
         for weight in model.parameters():
             weight += 0.02 * torch.randn_like(weight)
