@@ -22,9 +22,8 @@ from lightning_ray.store.base import Store
 from lightning_ray.store.client import StoreClient
 from lightning_ray.store.http.app import StoreApi
 from lightning_ray.store.http.bodies import MAX_BODY_BYTES
+from lightning_ray.store.http.client import TOKEN_VARIABLE
 from lightning_ray.store.shards import ShardedStore
-
-TOKEN_VARIABLE = "LIGHTNING_RAY_STORE_TOKEN"
 
 
 class StoreApiSettings(BaseModel):

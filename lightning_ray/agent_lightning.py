@@ -13,9 +13,7 @@ from lightning_ray.stepper import LitAgentRunner
 from lightning_ray.store.base import Store
 from lightning_ray.store.client import LocalStoreClient
 from lightning_ray.store.core import SpanStore
-from lightning_ray.store.http.client import HttpStoreClient
-
-STORE_TOKEN = "LIGHTNING_RAY_STORE_TOKEN"
+from lightning_ray.store.http.client import TOKEN_VARIABLE, HttpStoreClient
 
 LightningStore = Store
 Runner = LitAgentRunner
@@ -40,13 +38,13 @@ class InMemoryLightningStore(LocalStoreClient):
 
 
 class LightningStoreClient(HttpStoreClient):
-    """A store behind ``deployments/store_api.py``; without ``token`` that of LIGHTNING_RAY_STORE_TOKEN.
+    """A store behind ``deployments/store_api.py``; without ``token`` that of LIGHTNING_RAY_TOKEN_VARIABLE.
 
     0.3's options of retries and timeouts are accepted and have no effect. Raises ConfigError without a token.
     """
 
     def __init__(self, server_address: str, token: str | None = None, deadline: float = 120.0, **unused: Any) -> None:
-        token = token or os.environ.get(STORE_TOKEN)
+        token = token or os.environ.get(TOKEN_VARIABLE)
         if not token:
-            raise ConfigError(f"the store at {server_address} wants a token: give token=..., or set {STORE_TOKEN}")
+            raise ConfigError(f"the store at {server_address} wants a token: give token=..., or set {TOKEN_VARIABLE}")
         super().__init__(server_address, token, deadline)

@@ -23,8 +23,8 @@ from lightning_ray.machine import check_memory
 from lightning_ray.replay.batch import rebuild
 from lightning_ray.replay.record import chain
 from lightning_ray.replay.settings import recorded, settings_of
-from lightning_ray.run.folder import RunFolder
-from lightning_ray.run.policy_folder import folder_of, settings_in
+from lightning_ray.run.folder import RunFolder, settings_in
+from lightning_ray.run.policy_folder import folder_of
 from lightning_ray.run.policy_rows import by_policy, policies_in, rows_of
 from lightning_ray.run.state import PolicyState, RunState
 from lightning_ray.run.step_figures import StepTimes

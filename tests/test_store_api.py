@@ -18,11 +18,11 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from ray import serve
 
 from actors import span_store
-from deployments.store_api import TOKEN_VARIABLE, StoreApiSettings, app, find_token
+from deployments.store_api import StoreApiSettings, app, find_token
 from lightning_ray.errors import ConfigError
 from lightning_ray.net import free_port
 from lightning_ray.store import StoreClient
-from lightning_ray.store.http.client import HttpStoreClient
+from lightning_ray.store.http.client import TOKEN_VARIABLE, HttpStoreClient
 
 
 @pytest.fixture(autouse=True)

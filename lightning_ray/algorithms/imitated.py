@@ -13,7 +13,8 @@ from lightning_ray.conversations.rendering import Renderer
 from lightning_ray.data import Epochs
 from lightning_ray.errors import ConfigError
 from lightning_ray.recorded import check_same_tokenizer, open_run, read_recorded, task_of
-from lightning_ray.run.policy_folder import folder_of, settings_in
+from lightning_ray.run.folder import settings_in
+from lightning_ray.run.policy_folder import folder_of
 from lightning_ray.threads import in_thread
 from lightning_ray.trajectories.episode import Episode
 from lightning_ray.trajectories.join import join_calls

@@ -82,7 +82,8 @@ def doctor(given: argparse.Namespace) -> int:
 def read_facts(run: Path, policy: str | None = None) -> Facts:
     """What the run's folder tells, of one of several policies; a store alone tells nothing."""
     from lightning_ray.config import build
-    from lightning_ray.run.policy_folder import folder_of, settings_in
+    from lightning_ray.run.folder import settings_in
+    from lightning_ray.run.policy_folder import folder_of
     from lightning_ray.trajectories.doctor import Facts
     from lightning_ray.trajectories.settings import BatchSettings
 
@@ -118,7 +119,8 @@ def keep_of(settings: Mapping[str, Any], run: RunFolder) -> Keep | None:
 
 def load_decode(run: Path, special: bool = True, policy: str | None = None) -> Decode | None:
     """Token ids to text, with or without special tokens, if the run's tokenizer is at hand."""
-    from lightning_ray.run.policy_folder import folder_of, settings_in
+    from lightning_ray.run.folder import settings_in
+    from lightning_ray.run.policy_folder import folder_of
 
     opened, settings = folder_of(run, policy, settings_in(run))
     latest, named = opened.latest_checkpoint(), settings.get("model")

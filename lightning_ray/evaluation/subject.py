@@ -15,7 +15,7 @@ from lightning_ray.mirror import is_url, place_of
 from lightning_ray.mirror.pull import everything, fetched
 from lightning_ray.policy.model_folder import ADAPTER_CONFIG, check_model_folder
 from lightning_ray.relay.settings import Upstream
-from lightning_ray.run.folder import RunFolder, step_of
+from lightning_ray.run.folder import RunFolder, settings_in, step_of
 from lightning_ray.run.state import ONLY, RunState
 from lightning_ray.types import LLM
 
@@ -179,7 +179,7 @@ def checkpoint(run: Path, which: str) -> Subject:
 def _initial(run: Path) -> Subject:
     """The model that a run began with."""
     folder = RunFolder(run)
-    settings = _read(run / "config.json").get("algorithm") or {}
+    settings = settings_in(run)
     named = settings.get("policies") or {ONLY: settings}
     found: dict[str, Model] = {}
     for name, values in named.items():

@@ -15,8 +15,8 @@ from lightning_ray.config import build
 from lightning_ray.errors import ConfigError
 from lightning_ray.launch import parse_setting, put
 from lightning_ray.policy.settings import LearningSettings
-from lightning_ray.run.folder import RunFolder
-from lightning_ray.run.policy_folder import folder_of, settings_in
+from lightning_ray.run.folder import RunFolder, settings_in
+from lightning_ray.run.policy_folder import folder_of
 from lightning_ray.run.state import ONLY
 
 CHANGEABLE = sorted({*LearningSettings.model_fields, "preset", "batch", "agent_match", "max_staleness"} - {"lora"})

@@ -15,7 +15,8 @@ from lightning_ray.replay import settings as of
 from lightning_ray.replay.batch import View, rebuild
 from lightning_ray.replay.comparison import Line, compare, differing, tolerance_for
 from lightning_ray.replay.record import Beginning, StepRecord, chain
-from lightning_ray.run.policy_folder import folder_of, settings_in
+from lightning_ray.run.folder import settings_in
+from lightning_ray.run.policy_folder import folder_of
 from lightning_ray.store.view import open_folder
 
 

@@ -143,9 +143,7 @@ class RunFolder:
 
     def superseded(self, steps: Collection[int]) -> set[int]:
         """Of the steps of these checkpoints those that need not be kept: the last ones stay, and the best."""
-        config = self.path / "config.json"
-        settings = (json.loads(config.read_text()).get("algorithm") or {}) if config.is_file() else {}
-        older = set(sorted(steps)[: -settings.get("keep_checkpoints", KEEP_CHECKPOINTS)])
+        older = set(sorted(steps)[: -settings_in(self.path).get("keep_checkpoints", KEEP_CHECKPOINTS)])
         try:
             return older and older - {self.best(steps)}
         except ValueError:  # a broken line in metrics.jsonl: which is the best is not known
@@ -216,6 +214,12 @@ class RunFolder:
         steps = metrics.exists() and any(row["kind"] == "train" for row in self.metrics())
         if steps and metrics.stat().st_mtime_ns > drawn:
             self.plot()
+
+
+def settings_in(run: Path) -> dict[str, Any]:
+    """The algorithm's settings in config.json; nothing if there are none."""
+    file = run / "config.json"
+    return (json.loads(file.read_text()).get("algorithm") or {}) if file.is_file() else {}
 
 
 def step_of(name: str) -> int | None:

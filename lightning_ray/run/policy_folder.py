@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,12 +38,6 @@ class PolicyFolder(RunFolder):
     def model(self) -> Path:
         """Of the policy."""
         return self.model_of(self._name)
-
-
-def settings_in(run: Path) -> dict[str, Any]:
-    """The algorithm's settings in config.json; nothing if there are none."""
-    file = run / "config.json"
-    return (json.loads(file.read_text()).get("algorithm") or {}) if file.is_file() else {}
 
 
 def folder_of(run: Path, policy: str | None, settings: Mapping[str, Any]) -> tuple[RunFolder, dict[str, Any]]:

@@ -23,6 +23,8 @@ from lightning_ray.store.http.calls import Ask, ask
 from lightning_ray.store.http.media import ARROW, MSGPACK
 from lightning_ray.store.schema import decode_batch, encode_batch
 
+TOKEN_VARIABLE = "LIGHTNING_RAY_STORE_TOKEN"
+"""Of the environment, for who serves a store and for who asks it."""
 _URL = re.compile(r"^https?://[^/\s]+")
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
 _CONNECT_SECONDS = 5.0
