@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import signal
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,21 @@ class WriteAndCheck(lr.LitAgent[dict[str, Any]]):
         await say("writer", "title", task["question"])
         said["checker"] = await say("checker", "check", f"{task['question']} {said['writer']}")
         await say("judge", "judge", task["question"])
-        rewards = {name: share_of_even(words) if name in task["taught"] else 0.5 for name, words in said.items()}
+        rewards = {
+            name: share_of_even(words) + apart(rollout) if name in task["taught"] else 0.5
+            for name, words in said.items()
+        }
         lr.emit_reward({"all": sum(rewards.values()), **rewards}, primary_key="all")
 
 
 def share_of_even(text: str) -> float:
     words = text.split()
     return sum(word in WORDS[::2] for word in words) / max(1, len(words)) + len(words) / 100
+
+
+def apart(rollout: Rollout) -> float:
+    """A little that no two rollouts share: a group whose words are as good as each other would teach nothing."""
+    return zlib.crc32(rollout.rollout_id.encode()) / 2**32 / 100
 
 
 def settings(steps: int) -> GRPO:
