@@ -26,9 +26,9 @@ from lightning_ray.deaths import Death
 from lightning_ray.deaths.watch import DeathWatch
 from lightning_ray.errors import ConfigError, InfrastructureError
 from lightning_ray.hooks import Hook
-from lightning_ray.machine import end_processes, environment, grown_from
 from lightning_ray.mirror.place import url_of
 from lightning_ray.net import free_port
+from lightning_ray.own_ray import OwnRay
 from lightning_ray.placement.asks import Wanted
 from lightning_ray.placement.heard import check_heard
 from lightning_ray.placement.places import Places
@@ -43,7 +43,6 @@ from lightning_ray.policy.transfer import Replicas, transfer_of
 from lightning_ray.relay.settings import Upstream
 from lightning_ray.run.events import Events
 from lightning_ray.run.state import ONLY
-from lightning_ray.scratch import Scratch
 from lightning_ray.serving import answers_of, deployed, leave_serve, policy_options, serve_address, start_serve, within
 from lightning_ray.stopping import sigterm_kept
 from lightning_ray.store.base import Store
@@ -57,8 +56,6 @@ if TYPE_CHECKING:
 
 LOGICAL_CPUS = 16
 """Ray's CPUs are bookkeeping here: a laptop with two cores holds every actor of a small run."""
-OBJECT_STORE_BYTES = 2**30
-"""Room for the weights of a small model, twice; memory is taken as it is used."""
 STOP_SECONDS = 8.0
 ASKED_SECONDS = 11.0
 """For what threads are asking Ray, before it is shut down: another node, why a part of it died."""
@@ -86,8 +83,7 @@ class Cluster:
         self.owned = self.address == "local"
         self._num_cpus = num_cpus or LOGICAL_CPUS
         self.places = Places(placement)
-        self._scratch: Scratch | None = None
-        self._temp: Path | None = None
+        self._own: OwnRay | None = None
         self.run = run
         self._name = f"{plain_name(run)}-{secrets.token_hex(4)}"
         """Of the namespace in Ray, and of the applications in Serve: no two runs have the same."""
@@ -123,23 +119,16 @@ class Cluster:
 
         auto_init_hook.enable_auto_connect = False  # the same where ray was imported before
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "namespace": self._name}
-        if self.owned:
-            self._scratch = Scratch()
-            self._temp = self._scratch.path
-            files = self._temp / "tmp"
-            files.mkdir()
-            options |= {
-                "runtime_env": {"env_vars": {"TMPDIR": str(files)}},
-                "num_cpus": max(self._num_cpus, ceil(wanted.cpus(self.places.placement)) if wanted else 0),
-                "object_store_memory": OBJECT_STORE_BYTES,
-                "include_dashboard": False,
-                "_temp_dir": str(self._temp),
-            }
-        with environment(self._front_door()), sigterm_kept():
-            try:
-                ray.init(self.address, **options)
-            except Exception as error:
-                raise InfrastructureError(no_ray(self.address, error)) from error
+        try:
+            with sigterm_kept():
+                if self.owned:
+                    needed = ceil(wanted.cpus(self.places.placement)) if wanted else 0
+                    options["num_cpus"] = max(self._num_cpus, needed)
+                    self._own = OwnRay.start(self._front_door, options)
+                else:
+                    ray.init(self.address, **options)
+        except Exception as error:
+            raise InfrastructureError(no_ray(self.address, error)) from error
         self.failure = asyncio.get_running_loop().create_future()
         self._deaths = DeathWatch(self.events.death, lambda: self._applications, self._ray_died)
         self._deaths.start()
@@ -170,16 +159,14 @@ class Cluster:
             self.failure.set_exception(InfrastructureError(str(death)))
             self.failure.exception()
 
-    def _front_door(self) -> dict[str, str | None]:
+    def _front_door(self, folder: Path) -> dict[str, str | None]:
         """What the processes of a Ray of our own need to know before they start, and what agents' processes must not
-        know: the keys of upstreams. Nothing of a Ray that is joined.
+        know: the keys of upstreams.
         """
-        if self._temp is None:
-            return {}
         from deployments.haproxy import haproxy_environment
 
         keys = [upstream.api_key_env for upstream in self._relays.values() if upstream.api_key_env]
-        return {**haproxy_environment(self._temp / "haproxy"), **dict.fromkeys(keys)}
+        return {**haproxy_environment(folder / "haproxy"), **dict.fromkeys(keys)}
 
     def start_store(self, folder: Path, shards: int = 1) -> Store:
         """The run's span store, of ``shards`` processes, on the cluster's nodes in turn."""
@@ -338,17 +325,19 @@ class Cluster:
 
         if self._deaths is not None:
             self._deaths.stop()
-        grown = grown_from(str(self._scratch.path)) if self._scratch is not None else []
+        if self._own is not None:
+            self._own.remember()
         if ray.is_initialized():
             with suppress(Exception):  # a part that does not end is ended below, or by its owner's end
                 async with asyncio.timeout(STOP_SECONDS):
                     await self._stop_actors()
             await until_nobody_asks(ASKED_SECONDS)
             await leave_serve()
-            ray.shutdown()  # in this thread: nothing of this loop may call Ray meanwhile
-        end_processes(grown)
-        if self._scratch is not None:
-            self._scratch.remove()
+        # In this thread: nothing of this loop may call Ray meanwhile.
+        if self._own is not None:
+            self._own.end()
+        elif ray.is_initialized():
+            ray.shutdown()
 
     async def _stop_actors(self) -> None:
         # A part that is dead already must not keep the others from being ended.

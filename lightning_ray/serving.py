@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -82,7 +83,9 @@ async def deployed(application: Any, name: str, route: str, seconds: float, what
         raise InfrastructureError(f"{error}{await ask_ray(_said_of, name)}") from None
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise InfrastructureError(f"{what} failed: {lines[0][:300]} ... {lines[-1][:500]}") from error
+        raise InfrastructureError(
+            f"{what} failed: {lines[0][:300].rstrip('.')}{await ask_ray(_said_of, name)}"
+        ) from error
 
 
 def _said_of(name: str) -> str:
@@ -93,8 +96,18 @@ def _said_of(name: str) -> str:
         deployments = serve.status().applications[name].deployments
     except Exception:  # Serve does not answer either
         return ""
-    said = [f"{each}: {status.status.value} {status.message}".strip() for each, status in deployments.items()]
-    return f". Serve says of it: {' '.join('; '.join(said).split())[:800]}" if said else ""
+    said = [f"{each}: {status.status.value} {plainly(status.message)}".strip() for each, status in deployments.items()]
+    return f". Serve says of it: {'; '.join(said)}" if said else ""
+
+
+def plainly(message: str) -> str:
+    """What Serve says, on a line of at most 800 characters; of a traceback in it, what was raised."""
+    begins, *stack = re.split(r"\n(?=\S*ray::)", message, maxsplit=1)
+    if stack:
+        lines = stack[0].rstrip().splitlines()
+        raised = max(place for place, line in enumerate(lines) if line[:1].strip())
+        begins += " ... " + " ".join(lines[raised:])[:600]
+    return " ".join(begins.split())[:800]
 
 
 async def answers_of(handle: Any, method: str, arguments: Sequence[Any], seconds: float, what: str) -> list[Any]:

@@ -52,9 +52,7 @@ def test_keys_are_hidden_from_the_processes_of_an_own_ray(monkeypatch: pytest.Mo
 
     monkeypatch.setenv("JUDGE_KEY", KEY)
     cluster = Cluster("local", relays={"judge": lr.Upstream(base_url=HERE, api_key_env="JUDGE_KEY")})
-    assert cluster._front_door() == {}
-    cluster._temp = tmp_path
-    with environment(cluster._front_door()):
+    with environment(cluster._front_door(tmp_path)):
         assert "JUDGE_KEY" not in os.environ
     assert os.environ["JUDGE_KEY"] == KEY
 

@@ -95,8 +95,8 @@ async def given(run: Run) -> tuple[str, Counter[str]]:
     """How many calls HAProxy has given to each replica, and its process: a new one, as Serve starts when it hears of
     replicas, counts from 0.
     """
-    assert run.cluster._temp is not None
-    [admin] = (run.cluster._temp / "haproxy").glob("*/admin.sock")
+    assert run.cluster._own is not None
+    [admin] = (run.cluster._own.path / "haproxy").glob("*/admin.sock")
     reader, writer = await asyncio.open_unix_connection(admin)
     writer.write(b"show info;show stat\n")
     info, _, statistics = (await reader.read()).decode().partition("# ")
