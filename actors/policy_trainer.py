@@ -117,8 +117,8 @@ class PolicyTrainer:
         """A chunk of the weights in the object store, from rank 0; see ``WeightPublisher.export``."""
         return self.publisher.export(chunk, chunks, size)
 
-    def push(self, version: int) -> float:
-        """Send the weights to every replica as ``version``; returns the seconds it took."""
+    def push(self, version: int) -> dict[str, int]:
+        """Send the weights to every replica as ``version``; returns their bits, see ``WeightPublisher.push``."""
         return self.publisher.push(version)
 
     def probes(self) -> dict[str, float]:

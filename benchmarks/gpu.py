@@ -1,13 +1,17 @@
-"""What one GPU does: updates of random models from 0.6 to 8 billion parameters in bfloat16, made on the spot.
+"""What one GPU does: updates of random models from 0.6 to 8 billion parameters in bfloat16, made on the spot, and the
+whole loop with the smallest.
 
-    python -m benchmarks.gpu            all sizes that fit
-    python -m benchmarks.gpu --quick    the smallest
+    python -m benchmarks.gpu                  all sizes that fit, and every way of the weights
+    python -m benchmarks.gpu --quick          the smallest size, and the usual way
+    python -m benchmarks.gpu --only updates   without the loop; or --only loop
 
 Of each size: padded tokens per second of an update, its share of the GPU's peak, peak memory, and how far bfloat16
 logprobs are from float32 ones of the same weights. Operations are 6 a parameter and token, and 12 x layers x width x
 length a token for attention (PaLM, appendix B); recomputed activations do not count. What does not fit whole is
-trained by LoRA, where weights need no gradients: 4 a parameter. Each size runs in a process of its own. The last
-line of the output is one JSON object. Without CUDA it says so and ends with code 1.
+trained by LoRA, where weights need no gradients: 4 a parameter. The loop is Ray, Serve, vLLM and a trainer rank that
+share the GPU: tokens sampled per second, milliseconds of a proved swap with answers being sampled, and how far the
+engine's logprobs are from the trainer's. Each size and way runs in a process of its own. The last line of the output
+is one JSON object. Without CUDA it says so and ends with code 1.
 """
 
 from __future__ import annotations
@@ -28,6 +32,9 @@ import pyarrow as pa
 import torch
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks.gpu_loop import CASES, FIGURES, add_tokenizer
+from benchmarks.gpu_loop import measure as measure_loop
 
 
 class Size(NamedTuple):
@@ -56,8 +63,10 @@ ROWS, LENGTH = 64, 1024
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--quick", action="store_true", help="the smallest size alone")
-    quick = arguments.parse_args().quick
+    arguments.add_argument("--quick", action="store_true", help="the smallest size, and the usual way of the weights")
+    arguments.add_argument("--only", choices=("updates", "loop"))
+    given = arguments.parse_args()
+    quick = given.quick
     if not torch.cuda.is_available():
         sys.exit(
             "benchmarks.gpu needs a CUDA GPU and a CUDA build of PyTorch; here is "
@@ -65,13 +74,36 @@ def main() -> None:
         )
     device = torch.cuda.get_device_properties(0)
     figures: dict[str, Any] = {"gpu": device.name, "memory_gib": round(device.total_memory / 2**30), "quick": quick}
-    for name in list(SIZES)[: 1 if quick else None]:
+    for name in [] if given.only == "loop" else list(SIZES)[: 1 if quick else None]:
         lora = parameters(SIZES[name]) * BYTES_PER_PARAMETER > 0.8 * device.total_memory
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, mp_context=spawn) as process:
-            figures |= process.submit(measure, name, lora).result()
+        figures |= apart(measure, name, lora)
+    if given.only != "updates":
+        figures |= loop_figures(quick)
     show(figures)
     print(json.dumps(figures))
+
+
+def apart(work: Any, *given: Any) -> Any:
+    """Call in a process of its own, so that the GPU's memory is free afterwards."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(work, *given).result()
+
+
+def loop_figures(quick: bool) -> dict[str, Any]:
+    """Figures of the loop, for each way of the weights."""
+    figures: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="lr-gpu-") as folder:
+        model = Path(folder) / "model"
+        apart(write_served, model)
+        for case in CASES[: 1 if quick else None]:
+            figures |= apart(measure_loop, case, model, Path(folder))
+    return figures
+
+
+def write_served(folder: Path) -> None:
+    """The smallest size with a tokenizer of words."""
+    write_model(folder, SIZES["0.6b"])
+    add_tokenizer(folder, VOCABULARY)
 
 
 def parameters(size: Size) -> int:
@@ -191,7 +223,15 @@ def show(figures: dict[str, Any]) -> None:
     for name in SIZES:
         if f"{columns[0]}_{name}" in figures:
             table.add_row(name, *(str(figures[f"{column}_{name}"]) for column in columns))
-    Console(width=120).print(table)
+    loop = Table(title="the loop with 0.6 billion parameters, by the way of the weights")
+    for column in ("way", *FIGURES):
+        loop.add_column(column, justify="right")
+    for case in CASES:
+        if f"{FIGURES[0]}_{case.label}" in figures:
+            loop.add_row(case.label, *(f"{figures[f'{name}_{case.label}']:.4g}" for name in FIGURES))
+    for each in (table, loop):
+        if each.row_count:
+            Console(width=140).print(each)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from lightning_ray.policy.engine_arguments import engine_arguments
 from lightning_ray.policy.engine_load import EngineLoad
 from lightning_ray.policy.loaded import Loaded
 from lightning_ray.policy.phases import Phases
-from lightning_ray.policy.proof import CANARY, max_difference
+from lightning_ray.policy.proof import CANARY, max_difference, unlike
 from lightning_ray.run.state import ONLY
 from lightning_ray.store.schema import spans_to_batch
 
@@ -205,13 +205,14 @@ class Policy:
             phases.end("export")
             await self._freeze()
             phases.end("freeze")
-            size = 0
+            size, bits = 0, dict[str, int]()
             for place, chunk in enumerate(fetching):
                 told, parts = await chunk
                 phases.end("fetch")
                 await self._load(told, parts, place == 0, place == len(fetching) - 1)
                 phases.end("apply")
                 size += sum(part.nbytes for part in parts)
+                bits |= told.get("bits", {})
         finally:
             for chunk in fetching:
                 chunk.cancel()
@@ -223,7 +224,7 @@ class Policy:
         phases.end("prove")
         expected = [[float(x) for x in row] for row in await offer["expected"][0]]
         phases.end("expected")
-        shown = self._judge(version, expected, found, offer["tolerance"])
+        shown = self._judge(version, expected, found, offer["tolerance"], await self._compared(bits))
         return {**shown, "bytes": size, "phases": phases.seconds}
 
     async def _load(self, chunk: dict[str, Any], parts: Sequence[Any], first: bool, last: bool) -> None:
@@ -305,10 +306,28 @@ class Policy:
         return self.replica_id
 
     async def prove(
-        self, version: int, canaries: list[list[int]], expected: list[list[float]], tolerance: float
+        self,
+        version: int,
+        canaries: list[list[int]],
+        expected: list[list[float]],
+        tolerance: float,
+        bits: Mapping[str, int] | None = None,
     ) -> dict[str, Any]:
-        """Compare the canaries' logprobs with the trainer's; only agreement lets this replica answer again."""
-        return self._judge(version, expected, await (await self._ask_canaries(version, canaries)), tolerance)
+        """Compare the canaries' logprobs, and bits where there are some, with the trainer's; only agreement lets this
+        replica answer again.
+        """
+        found = await (await self._ask_canaries(version, canaries))
+        return self._judge(version, expected, found, tolerance, await self._compared(bits))
+
+    async def _compared(self, bits: Mapping[str, int] | None) -> dict[str, Any]:
+        """Which parameters the engine holds with other bits than the trainer. Where several workers share a matrix
+        nothing is compared.
+        """
+        if not bits or self.settings.world_size > 1:
+            return {}
+        [held] = await self.engine.collective_rpc("lightning_ray_bits")
+        kinds, compared = unlike(bits, held)
+        return {"unlike": kinds, "compared": compared / len(bits)}
 
     async def _ask_canaries(self, version: int, canaries: list[list[int]]) -> asyncio.Future[list[list[float]]]:
         """The canaries' logprobs by the engine, which has been asked: what is resumed after this comes after them."""
@@ -320,16 +339,22 @@ class Policy:
         return answers
 
     def _judge(
-        self, version: int, expected: list[list[float]], found: list[list[float]], tolerance: float
+        self,
+        version: int,
+        expected: list[list[float]],
+        found: list[list[float]],
+        tolerance: float,
+        compared: Mapping[str, Any],
     ) -> dict[str, Any]:
         assert self.capture is not None
         difference = max_difference(expected, found)
-        proved = difference <= tolerance and self.capture.version == version
+        proved = difference <= tolerance and self.capture.version == version and not compared.get("unlike")
         if self.swaps:
             self.swaps[-1] |= {"proved": proved, "max_logprob_diff": difference}
         if proved:
             self.capture.proved.set()
-        return {"replica_id": self.replica_id, "version": self.capture.version, "max_logprob_diff": difference}
+        own = {"replica_id": self.replica_id, "version": self.capture.version}
+        return {**own, "max_logprob_diff": difference, **compared}
 
     async def probes(self) -> dict[str, Any]:
         """One number for each parameter, to tell which differ after a failed proof."""

@@ -187,7 +187,7 @@ def _fetched(args: ServingSettings) -> tuple[Path, Loaded]:
         merged = Path(tempfile.mkdtemp(prefix="merged-"))
         merge_adapter(folder, merged)
         folder = merged
-    return folder, loaded_from(folder, subject.version(args.policy), args.engine.logprob_tolerance)
+    return folder, loaded_from(folder, subject.version(args.policy), args.engine.chosen_tolerance)
 
 
 def _on_a_thread() -> Any:

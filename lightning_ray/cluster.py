@@ -305,7 +305,7 @@ class Cluster:
         deadline, replicas, trainers = settings.swap_timeout_seconds, self.replicas_of(name), self._trainers[name]
         [way, *_] = {member["transfer"] for member in await replicas("describe")}
         await trainers.call("attach_policy", self._deployed[name], way, deadline, timeout=60.0)
-        tolerance = settings.logprob_tolerance
+        tolerance = settings.chosen_tolerance
         transfer = transfer_of(way, replicas, trainers, tolerance, deadline)
         return PolicySwapper(replicas, trainers, transfer, tolerance, deadline, settings.startup_timeout_seconds)
 

@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from lightning_ray.errors import ConfigError
 
 CPU_KV_CACHE_MB, SHARED_KV_CACHE_MB = 128, 2048
+LOGPROB_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.5}
+"""Nats by which kernels of engine and trainer may differ at a token."""
 
 
 class Settings(BaseModel):
@@ -75,8 +77,9 @@ class EngineSettings(Settings):
     """Rank of the LoRA adapter that is trained; the algorithm sets it."""
     swap_mode: Literal["keep", "wait"] = "keep"
     """Whether requests in flight go on over a swap, or are waited for before it."""
-    logprob_tolerance: float = Field(default=1e-4, gt=0)
-    """Largest difference of a canary logprob between engine and trainer at which a swap counts as proved."""
+    logprob_tolerance: float | None = Field(default=None, gt=0)
+    """Largest difference of a canary logprob (nats) between engine and trainer at which a swap counts as proved; by
+    default 1e-4, and 0.5 in bfloat16, where weights are compared by their bits besides."""
     startup_timeout_seconds: float = Field(default=300.0, gt=0)
     swap_timeout_seconds: float = Field(default=120.0, gt=0)
 
@@ -107,6 +110,11 @@ class EngineSettings(Settings):
         if self.dtype == "auto":
             return "float32" if self.device == "cpu" else "bfloat16"
         return self.dtype
+
+    @property
+    def chosen_tolerance(self) -> float:
+        """``logprob_tolerance``, with its default."""
+        return LOGPROB_TOLERANCE[self.chosen_dtype] if self.logprob_tolerance is None else self.logprob_tolerance
 
     @model_validator(mode="after")
     def _one_gpu_for_both(self) -> EngineSettings:

@@ -48,7 +48,7 @@ class ServedModels:
         proofs: dict[str, Any] = {}
         for policy, model in (await self._folders(folder)).items():
             name, engine = self._settings(policy)
-            loaded = loaded_from(model, self._subject.version(policy), engine.logprob_tolerance)
+            loaded = loaded_from(model, self._subject.version(policy), engine.chosen_tolerance)
             with self._reporter.stage("engine up" if policy == ONLY else f"engine of {policy} up"):
                 endpoint = await cluster.start_policy(model, name, engine, loaded, policy)
                 proofs[policy] = await _proof(cluster, policy, model, loaded)

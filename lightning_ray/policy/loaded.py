@@ -37,8 +37,8 @@ class Loaded:
         return (
             f"replica {replica_id} loaded {folder}, and its canary logprobs differ by {difference:.2e} (tolerance "
             f"{self.tolerance:.0e}) from what the trainer computed when it saved the checkpoint: it does not serve "
-            "these weights. Were its files changed? Raise engine.logprob_tolerance if the engine's dtype is coarser "
-            "than the trainer's"
+            "these weights. Were its files changed? Raise engine.logprob_tolerance if the engine's numbers are "
+            "coarser than the trainer's"
         )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -18,6 +18,8 @@ CANARY_LENGTH = 10
 CANARIES = 2
 PROBE_TOLERANCE = 1e-3
 """Relative difference of two probes from which a parameter counts as different (float32 sums in another order)."""
+COARSE_PROBE_TOLERANCE = 3e-2
+"""The same where the engine computes them in bfloat16."""
 
 
 def canary_prompts(vocabulary: int, length: int = CANARY_LENGTH, count: int = CANARIES) -> list[list[int]]:
@@ -34,11 +36,13 @@ class Proof:
     version: int
     max_logprob_diff: float
     tolerance: float
+    unlike: Mapping[str, int] = field(default_factory=dict)
+    """Kinds of parameters that the replica holds with other bits -> how many, where bits are compared."""
 
     @property
     def holds(self) -> bool:
         """Whether the replica computes with the trainer's weights (false for NaN too)."""
-        return self.max_logprob_diff <= self.tolerance
+        return self.max_logprob_diff <= self.tolerance and not self.unlike
 
 
 def max_difference(expected: Sequence[Sequence[float]], found: Sequence[Sequence[float]]) -> float:
@@ -53,6 +57,7 @@ def max_difference(expected: Sequence[Sequence[float]], found: Sequence[Sequence
 
 def failure_message(proof: Proof, kinds: dict[str, int]) -> str:
     """What a user is told when a proof fails."""
+    kinds = dict(proof.unlike) or kinds
     if kinds:
         listed = ", ".join(f"{kind} ({count})" for kind, count in sorted(kinds.items()))
         detail = f"Parameter kinds that differ from the trainer's: {listed}."
@@ -62,20 +67,41 @@ def failure_message(proof: Proof, kinds: dict[str, int]) -> str:
         f"Weight swap to version {proof.version} is not proved on replica {proof.replica_id}: its canary logprobs "
         f"differ from the trainer's by {proof.max_logprob_diff:.2e} (tolerance {proof.tolerance:.0e}). {detail} "
         "Nothing sampled under this version was used. Resume from the last checkpoint, or raise "
-        "engine.logprob_tolerance if the engine's dtype is coarser than float32."
+        "engine.logprob_tolerance if the engine's own numbers are coarser than engine.dtype says."
     )
 
 
-def differing_kinds(trainer: Mapping[str, float], engine: Mapping[str, float]) -> dict[str, int]:
+def differing_kinds(
+    trainer: Mapping[str, float], engine: Mapping[str, float], tolerance: float = PROBE_TOLERANCE
+) -> dict[str, int]:
     """Parameter kinds (names without layer numbers) whose probes differ or are missing -> how many parameters."""
     kinds: dict[str, int] = {}
     tied = "lm_head.weight" not in trainer
     for name, probe in engine.items():
         expected = trainer.get("model.embed_tokens.weight" if tied and name == "lm_head.weight" else name)
         # Written so that a NaN differs.
-        if expected is None or not abs(probe - expected) <= PROBE_TOLERANCE * max(abs(expected), 1e-2):
-            kind = re.sub(r"\.\d+\.", ".*.", name)
+        if expected is None or not abs(probe - expected) <= tolerance * max(abs(expected), 1e-2):
+            kind = _kind(name)
             if tied and name == "lm_head.weight":
                 kind += " (tied to model.embed_tokens.weight)"
             kinds[kind] = kinds.get(kind, 0) + 1
     return kinds
+
+
+def unlike(expected: Mapping[str, int], held: Sequence[tuple[Sequence[str], int]]) -> tuple[dict[str, int], int]:
+    """Parameter kinds of which an engine's bit sums (``bits.engine_bit_sums``) are not the trainer's -> how many
+    parameters; and how many parameters could be compared.
+    """
+    kinds: dict[str, int] = {}
+    compared = 0
+    for names, found in held:
+        if all(name in expected for name in names):
+            compared += len(names)
+            if sum(expected[name] for name in names) != found:
+                for kind in map(_kind, names):
+                    kinds[kind] = kinds.get(kind, 0) + 1
+    return kinds, compared
+
+
+def _kind(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", name)

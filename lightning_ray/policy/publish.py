@@ -6,7 +6,6 @@ word to give: that is the proof's.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -14,9 +13,11 @@ import torch
 
 from lightning_ray.errors import ConfigError
 from lightning_ray.net import free_port
+from lightning_ray.policy.bits import bit_sum
 from lightning_ray.policy.flat_weights import as_bytes, cut
 from lightning_ray.policy.settings import UpdateSettings
 
+Named = Iterator[tuple[str, torch.Tensor]]
 Broadcast = Callable[..., list[Any]]
 """Calls a control method, with its arguments, on every replica and returns their answers; raises past its deadline."""
 
@@ -26,9 +27,9 @@ class Weights(Protocol):
 
     settings: UpdateSettings
 
-    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]: ...
+    def named_weights(self) -> Named: ...
 
-    def named_adapter(self) -> Iterator[tuple[str, torch.Tensor]]: ...
+    def named_adapter(self) -> Named: ...
 
 
 class ReplicaClient:
@@ -74,10 +75,12 @@ class WeightPublisher:
         self._engine: Any = None
         self._client: ReplicaClient | None = None
         self._chunks: Iterator[list[tuple[str, torch.Tensor]]]
+        self._bits: dict[str, torch.Tensor] = {}
+        """Of what rank 0 handed out last (``policy.bits``); nothing in float32."""
 
     def connect(self, broadcast: Broadcast, offsets: dict[str, int], world_size: int, address: str) -> None:
         """Form the transfer group of rank 0 and ``world_size - 1`` engine workers."""
-        source = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self._weights.named_weights()]
+        source = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self._handed_out()]
         if not self._sends:
             return
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
@@ -92,8 +95,19 @@ class WeightPublisher:
         if self._engine is not None:
             self._engine.shutdown()
         self._engine = WeightTransferTrainerFactory.trainer_init(
-            init_info, client=self._client, source=_source(self._weights, source)
+            init_info, client=self._client, source=_source(self._handed_out, source)
         )
+
+    def _handed_out(self) -> Named:
+        """The weights, matrices in the engine's numbers: rounded here, half the bytes travel."""
+        coarse = self._weights.settings.dtype == "bfloat16"
+        for name, tensor in self._weights.named_weights():
+            if coarse:
+                rounded = tensor.to(torch.bfloat16)
+                if self._rank == 0:
+                    self._bits[name] = bit_sum(rounded)
+                tensor = rounded if tensor.ndim > 1 else tensor
+            yield name, tensor
 
     @property
     def _sends(self) -> bool:
@@ -104,12 +118,12 @@ class WeightPublisher:
         """A chunk of the weights, or of their adapter, in the object store, from rank 0; the first one begins anew.
 
         All but the last have some ``size`` bytes. It has ``weights`` (a reference in a list, so that it is passed on as
-        such), their ``layout`` and ``bytes``; of an adapter ``adapter`` too, its rank and alpha. A collective, as the
-        others.
+        such), their ``layout`` and ``bytes``, and in bfloat16 their ``bits``; of an adapter ``adapter``, its rank and
+        alpha. A collective, as the others.
         """
         adapter = self._backend == "adapter"
         if chunk == 0:
-            tensors = self._weights.named_adapter() if adapter else self._weights.named_weights()
+            tensors = self._weights.named_adapter() if adapter else self._handed_out()
             self._chunks = cut(tensors, chunks, size)
         part = next(self._chunks)
         if self._rank != 0:
@@ -118,20 +132,21 @@ class WeightPublisher:
 
         parts, layout = as_bytes(part)
         offer = {"weights": [ray.put(parts)], "layout": layout, "bytes": sum(part.nbytes for part in parts)}
-        lora = self._weights.settings.lora
-        return {**offer, "adapter": {"rank": lora.rank, "alpha": lora.alpha}} if adapter else offer
+        if adapter:
+            lora = self._weights.settings.lora
+            return {**offer, "adapter": {"rank": lora.rank, "alpha": lora.alpha}}
+        return {**offer, "bits": {name: int(self._bits[name]) for name, _ in part if name in self._bits}}
 
-    def push(self, version: int) -> float:
-        """Send the weights as ``version``; returns the seconds it took."""
-        started = time.perf_counter()
+    def push(self, version: int) -> dict[str, int]:
+        """Send the weights as ``version``; returns their bits, from rank 0 in bfloat16."""
         if not self._sends:
-            for _ in self._weights.named_weights():
+            for _ in self._handed_out():
                 pass
         else:
             assert self._client is not None and self._engine is not None, "connect() comes before push()"
             self._client.version = version
             self._engine.send_weights()
-        return time.perf_counter() - started
+        return {name: int(bits) for name, bits in self._bits.items()}
 
 
 def load_transfer(backend: str) -> Any:
@@ -158,14 +173,14 @@ def load_transfer(backend: str) -> Any:
     return NCCLTrainerInitInfo
 
 
-def _source(weights: Weights, metas: list[tuple[str, torch.dtype, tuple[int, ...]]]) -> Any:
+def _source(handed_out: Callable[[], Named], metas: list[tuple[str, torch.dtype, tuple[int, ...]]]) -> Any:
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
     class UpdaterSource(WeightSource):
         def metadata(self) -> list[ParamMeta]:
             return [ParamMeta(*meta) for meta in metas]
 
-        def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-            return weights.named_weights()
+        def __iter__(self) -> Named:
+            return handed_out()
 
     return UpdaterSource()

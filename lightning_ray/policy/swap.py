@@ -5,7 +5,8 @@
 
 Replicas that restarted or joined since the last swap are found by ``describe``. A replica that is not proved answers
 nobody. Invariant: ``publish`` returns only when every live replica has reproduced the trainer's canary logprobs under
-the new version; by the object store, also has loaded as many bytes as the trainer sent.
+the new version; by the object store, also has loaded as many bytes as the trainer sent, and in bfloat16 holds the same
+bits.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lightning_ray.errors import InfrastructureError, SwapError, TrainersLostError
-from lightning_ray.policy.proof import Proof, differing_kinds, failure_message
+from lightning_ray.policy.proof import COARSE_PROBE_TOLERANCE, PROBE_TOLERANCE, Proof, differing_kinds, failure_message
 from lightning_ray.policy.transfer import Member, Replicas, Shown, Trainers, Transfer
 from lightning_ray.waiting import waiting
 
@@ -35,6 +36,8 @@ class Swap:
     """What was done about replicas that could not prove it at first."""
     bytes: int | None = None
     """Of the weights, where the replicas tell."""
+    compared: float | None = None
+    """Share of the weights whose bits were compared, where they are."""
     phases: dict[str, float] = field(default_factory=dict)
     """Seconds of each part, of the replica that loaded longest, where they tell: ``apply`` loads the weights from the
     replica's own memory.
@@ -115,7 +118,8 @@ class PolicySwapper:
         size = next((answer["bytes"] for answer in shown if "bytes" in answer), None)
         told = [answer["phases"] for answer in shown if "phases" in answer]
         phases: dict[str, float] = max(told, key=lambda each: each["apply"], default={})
-        return Swap(version, seconds, self._proofs(version, shown), mended, size, phases)
+        compared = min((answer["compared"] for answer in shown if "compared" in answer), default=None)
+        return Swap(version, seconds, self._proofs(version, shown), mended, size, compared, phases)
 
     async def _send(self, version: int, only: Sequence[str] | None, mended: list[str]) -> list[Shown]:
         """To replicas that may come and go meanwhile."""
@@ -151,6 +155,7 @@ class PolicySwapper:
                 version,
                 answer["max_logprob_diff"] if answer["version"] == version else float("inf"),
                 self._tolerance,
+                answer.get("unlike", {}),
             )
             for answer in shown
         ]
@@ -178,7 +183,8 @@ class PolicySwapper:
         trainer = (await self._trainers.call("probes", timeout=self._timeout))[0]
         for answer in await self._replicas("probes"):
             if answer["replica_id"] == replica_id:
-                return differing_kinds(trainer, answer["probes"])
+                coarse = self._tolerance > COARSE_PROBE_TOLERANCE
+                return differing_kinds(trainer, answer["probes"], COARSE_PROBE_TOLERANCE if coarse else PROBE_TOLERANCE)
         return {}
 
 

@@ -25,8 +25,8 @@ Replicas = Callable[..., Awaitable[list[Any]]]
 Member = dict[str, Any]
 """What a replica says of itself: ``Policy.describe``."""
 Shown = dict[str, Any]
-"""What a replica showed: ``replica_id``, ``version``, ``max_logprob_diff``, and maybe ``bytes`` and ``phases`` (seconds
-of each part of the swap, in order)."""
+"""What a replica showed: ``replica_id``, ``version``, ``max_logprob_diff``, and maybe ``bytes``, ``phases`` (seconds of
+each part of the swap, in order), and in bfloat16 ``compared`` and ``unlike`` (``policy.bits``)."""
 CHUNK_BYTES = 256 * 2**20
 """On two cores smaller ones are not faster: loading then shares both with handing out (benchmarks/RESULTS.md)."""
 MOST_CHUNKS = 8
@@ -142,11 +142,11 @@ class GroupTransfer:
     async def send(self, version: int, members: Sequence[Member], only: Sequence[str] | None = None) -> list[Shown]:
         """A broadcast reaches all members, whoever needs it."""
         await self._connect(members)
-        await self._trainers.call("push", version, timeout=self._timeout)
+        bits = (await self._trainers.call("push", version, timeout=self._timeout))[0]
         canaries = canaries_of(members)
         expected = (await self._trainers.call("logprobs", canaries, timeout=self._timeout))[0]
         rows = [[float(x) for x in row] for row in expected]
-        return await self._replicas("prove", version, canaries, rows, self._tolerance)
+        return await self._replicas("prove", version, canaries, rows, self._tolerance, bits)
 
     def forget(self) -> None:
         """The group is formed anew."""

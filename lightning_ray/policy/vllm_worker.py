@@ -12,6 +12,7 @@ import time
 from typing import Any
 
 from lightning_ray.policy import adapter_loading, gloo_transfer, object_transfer, one_adapter
+from lightning_ray.policy.bits import engine_bit_sums
 from lightning_ray.policy.digest import digest
 from lightning_ray.policy.flat_weights import Layout, as_tensors
 from lightning_ray.policy.probe import engine_probes
@@ -29,6 +30,10 @@ class WorkerExtension:
     def lightning_ray_probes(self) -> dict[str, float]:
         """One number for each parameter, as this worker computes with it."""
         return engine_probes(self.model_runner.model)  # type: ignore[attr-defined]
+
+    def lightning_ray_bits(self) -> list[tuple[list[str], int]]:
+        """Which weights this worker holds, to the bit (``policy.bits``)."""
+        return engine_bit_sums(self.model_runner.model)  # type: ignore[attr-defined]
 
     def lightning_ray_digest(self) -> str:
         """The fingerprint of this worker's weights."""

@@ -158,7 +158,7 @@ class Run:
 
     async def _serve(self, name: str, own: WeightAlgorithm, model: Path) -> ProxyLLM:
         """Serve a model that is not trained, under the weights of its folder."""
-        loaded = loaded_from(model, 0, own.engine.logprob_tolerance)
+        loaded = loaded_from(model, 0, own.engine.chosen_tolerance)
         return await self.cluster.start_policy(model, own.model_name, own.engine, loaded, name)
 
     async def restart_trainers(self, reason: str) -> None:

@@ -126,6 +126,8 @@ def swap_figures(swap: Swap | None) -> dict[str, float | None]:
     if swap.bytes is not None and swap.seconds > 0:
         found["swap_bytes"] = swap.bytes
         found["swap_gb_per_s"] = swap.bytes / swap.seconds / 1e9
+    if swap.compared is not None:
+        found["swap_compared"] = swap.compared
     return found | {f"swap_ms.{name}": seconds * 1e3 for name, seconds in swap.phases.items()}
 
 

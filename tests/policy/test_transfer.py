@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -169,7 +170,7 @@ def test_without_a_gpu_it_is_said_what_to_set(backend: str) -> None:
 class Weights:
     """One tensor, gathered from all ranks."""
 
-    settings: Any = None
+    settings: Any = SimpleNamespace(dtype="float32")
 
     def __init__(self) -> None:
         self.gathered = 0

@@ -125,8 +125,8 @@ async def serve(model: Path, folder: Path, cluster: Cluster, settings: EngineSet
     canaries = canary_prompts(member["vocabulary"])
     oracle = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
     expected = [logprobs(oracle, ids) for ids in canaries]
-    [proof] = await cluster.replicas("prove", 0, canaries, expected, settings.logprob_tolerance)
-    assert proof["max_logprob_diff"] <= settings.logprob_tolerance
+    [proof] = await cluster.replicas("prove", 0, canaries, expected, settings.chosen_tolerance)
+    assert proof["max_logprob_diff"] <= settings.chosen_tolerance
     root = endpoint.endpoint.removesuffix("/v1")
     return Served(cluster, store, root, AutoTokenizer.from_pretrained(model), oracle)
 
