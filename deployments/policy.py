@@ -32,6 +32,7 @@ from lightning_ray.config import EngineSettings
 from lightning_ray.loading import uncollected
 from lightning_ray.metrics.replica import ReplicaMetrics
 from lightning_ray.mirror.nodes import present
+from lightning_ray.policy import engine_failure
 from lightning_ray.policy.adapter_serving import AdapterRequests, with_adapter
 from lightning_ray.policy.engine_arguments import engine_arguments
 from lightning_ray.policy.engine_load import EngineLoad
@@ -112,7 +113,7 @@ class Policy:
         self.settings = with_adapter(settings, engine_args, self.model)
         config = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
         with_canaries_first(config.scheduler_config)
-        with self._engine_place():
+        with engine_failure.told(settings), self._engine_place():
             self.engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True, stat_loggers=[self.load.logger()])
         self.adapter = AdapterRequests(self.engine)
         conversations = Conversations(self.engine.renderer.tokenizer, self._said) if settings.continuation else None

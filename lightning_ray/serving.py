@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -102,12 +101,11 @@ def _said_of(name: str) -> str:
 
 def plainly(message: str) -> str:
     """What Serve says, on a line of at most 800 characters; of a traceback in it, what was raised."""
-    begins, *stack = re.split(r"\n(?=\S*ray::)", message, maxsplit=1)
-    if stack:
-        lines = stack[0].rstrip().splitlines()
+    lines = message.rstrip().splitlines()
+    if any(line.startswith("Traceback") or "ray::" in line for line in lines):
         raised = max(place for place, line in enumerate(lines) if line[:1].strip())
-        begins += " ... " + " ".join(lines[raised:])[:600]
-    return " ".join(begins.split())[:800]
+        lines = lines[raised:]
+    return " ".join(" ".join(lines).split())[:800]
 
 
 async def answers_of(handle: Any, method: str, arguments: Sequence[Any], seconds: float, what: str) -> list[Any]:

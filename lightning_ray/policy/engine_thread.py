@@ -19,6 +19,8 @@ from vllm.v1.engine.core import EngineCoreProc, EngineShutdownState
 from vllm.v1.engine.utils import CoreEngineProcManager
 
 END_SECONDS = 5.0
+_failed: list[Exception] = []
+"""What ended engines of this process."""
 
 
 class EngineThread(CoreEngineProcManager):
@@ -62,8 +64,9 @@ class EngineThread(CoreEngineProcManager):
             self._core.run_busy_loop()
         except SystemExit:
             pass
-        except Exception:
+        except Exception as error:
             self.failed_proc_name = "EngineCore"
+            _failed.append(error)
             if self._core is not None:
                 self._core._send_engine_dead()
             raise
@@ -96,10 +99,13 @@ class EngineThread(CoreEngineProcManager):
 
 @contextlib.contextmanager
 def engine_on_a_thread() -> Iterator[None]:
-    """What is made within has its engine in this process."""
+    """What is made within has its engine in this process; raises what the engine raised, if it does not start."""
     before = engine_utils.CoreEngineProcManager
     engine_utils.CoreEngineProcManager = EngineThread  # type: ignore[misc]
+    _failed.clear()
     try:
         yield
+    except RuntimeError as error:  # says only that it failed
+        raise (_failed[0] if _failed else error) from None
     finally:
         engine_utils.CoreEngineProcManager = before  # type: ignore[misc]
