@@ -37,7 +37,8 @@ def check_port(settings: EngineSettings) -> None:
 def check_memory(engines: Sequence[EngineSettings], ranks: int) -> None:
     """Raises ConfigError when this machine has not the memory that a small local run takes, ``ranks`` in all."""
     replicas = sum(engine.replicas for engine in engines)
-    caches = sum(engine.replicas * (engine.chosen_kv_cache_mb or 0) * 2**20 for engine in engines)
+    on_cpu = [engine for engine in engines if engine.device == "cpu"]
+    caches = sum(engine.replicas * (engine.chosen_kv_cache_mb or 0) * 2**20 for engine in on_cpu)
     needed = BASE_MEMORY + replicas * REPLICA_MEMORY + caches + ranks * RANK_MEMORY
     free = psutil.virtual_memory().available
     if free < needed:

@@ -42,6 +42,8 @@ def policy_options(settings: EngineSettings, places: Places | None = None) -> di
         variables = {name: value for name, value in variables.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     if settings.whole_transfer == "ipc":
         variables["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # handles to memory, from the replica to its own engine
+    if settings.device == "cuda" and settings.chosen_dtype == "float32":
+        variables["TRITON_F32_DEFAULT"] = "ieee"  # its attention would compute in TF32, which no proof passes
     options = (places or Places()).replica(settings)
     options["ray_actor_options"]["runtime_env"] = {"env_vars": variables}
     options["max_ongoing_requests"] = settings.max_calls

@@ -25,7 +25,7 @@ def told(**settings: Any) -> dict[str, str]:
         ({"kv_cache_memory_mb": 16}, {BYTES: str(16 * 2**20)}),
         ({"device": "cuda"}, {}),
         ({"device": "cuda", "arguments": {"gpu-memory-utilization": 0.6}}, {SHARE: "0.6"}),
-        ({"device": "cuda", "share_gpu": True}, {BYTES: str(2048 * 2**20), SHARE: "0.45"}),
+        ({"device": "cuda", "share_gpu": True}, {BYTES: str(2048 * 2**20), SHARE: "0.05"}),
         (
             {"device": "cuda", "share_gpu": True, "kv_cache_memory_mb": 512, "arguments": {SHARE[2:]: 0.3}},
             {BYTES: str(512 * 2**20), SHARE: "0.3"},
@@ -34,3 +34,20 @@ def told(**settings: Any) -> dict[str, str]:
 )
 def test_the_memory_for_keys_and_values(settings: dict[str, Any], expected: dict[str, str]) -> None:
     assert told(**settings) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, None),
+        ({"device": "cuda"}, None),
+        ({"device": "cuda", "share_gpu": True}, "auto"),
+        ({"device": "cuda", "share_gpu": True, "max_model_len": 4096}, "4096"),
+        ({"max_model_len": 512}, "512"),
+    ],
+)
+def test_a_small_cache_on_a_shared_gpu_decides_how_long_a_context_may_be(
+    settings: dict[str, Any], expected: str | None
+) -> None:
+    words = engine_arguments("model", "policy", EngineSettings(**settings))
+    assert (words[words.index("--max-model-len") + 1] if "--max-model-len" in words else None) == expected

@@ -171,6 +171,10 @@ def test_the_memory_of_all_is_counted() -> None:
     check_memory([engine], 1)
     with pytest.raises(ConfigError, match=r"for 2001 replica\(s\) and 3 trainer rank\(s\)"):
         check_memory([engine, EngineSettings(replicas=2000)], 3)
+    huge = {"kv_cache_memory_mb": 2**40}
+    check_memory([EngineSettings(device="cuda", **huge)], 1)  # a GPU's, not this memory
+    with pytest.raises(ConfigError, match="too little memory"):
+        check_memory([EngineSettings(**huge)], 1)
 
 
 # Whose calls, whose reward

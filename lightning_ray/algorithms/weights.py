@@ -79,6 +79,11 @@ class WeightAlgorithm(AlgorithmSettings, TrainingSettings):
             raise ValueError("engine.transfer='adapter' sends a LoRA adapter: set lora.rank too, or leave it at 'auto'")
         if self.engine.sleep and self.max_staleness:
             raise ValueError(f"engine.sleep leaves nobody to play during an update: max_staleness={self.max_staleness}")
+        if self.engine.share_gpu and (self.ranks, self.engine.replicas) != (1, 1):
+            raise ValueError(
+                f"engine.share_gpu puts one replica beside one trainer rank, as Ray does not pair several: set ranks=1 "
+                f"(not {self.ranks}) and engine.replicas=1 (not {self.engine.replicas}), or leave it out"
+            )
         if self.engine.adapter_rank != self.lora.rank:
             self.engine = self.engine.model_copy(update={"adapter_rank": self.lora.rank})
         return self
@@ -129,9 +134,14 @@ class WeightAlgorithm(AlgorithmSettings, TrainingSettings):
         trained, frozen = self.trained().values(), self.frozen().values()
         for settings in (*trained, *frozen):
             settings.check_policy()
+        engines = [settings.engine for settings in (*trained, *frozen)]
+        if len(engines) > 1 and any(engine.share_gpu for engine in engines):
+            raise ConfigError(
+                "engine.share_gpu=true puts a replica beside its trainer rank, and Ray would mix those of several "
+                "policies: leave it out, and give each replica and rank a GPU of its own"
+            )
         check_port(self.engine)
         if run.cluster.owned:
-            engines = [settings.engine for settings in (*trained, *frozen)]
             check_memory(engines, sum(settings.ranks for settings in trained))
 
     def check_policy(self) -> None:

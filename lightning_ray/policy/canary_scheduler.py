@@ -24,13 +24,19 @@ class _CanariesFirst:
     policy: Any
 
     def schedule(self, *args: Any, **options: Any) -> Any:
-        """As vLLM's, on the canaries alone while there are any waiting."""
+        """As vLLM's, on the canaries alone while there are any waiting and nothing runs, as after a swap: what runs has
+        places and memory that they may need, and they are only next in line.
+        """
         canaries = [request for request in self.waiting if request.request_id.startswith(CANARY)]
         if not canaries:
             return super().schedule(*args, **options)  # type: ignore[misc]
-        waiting, skipped, running = self.waiting, self.skipped_waiting, self.running
+        waiting, skipped = self.waiting, self.skipped_waiting
         waiting.remove_requests(canaries)
-        self.waiting, self.skipped_waiting, self.running = create_request_queue(self.policy), skipped.__class__(), []
+        if self.running:
+            for request in reversed(canaries):
+                waiting.prepend_request(request)
+            return super().schedule(*args, **options)  # type: ignore[misc]
+        self.waiting, self.skipped_waiting = create_request_queue(self.policy), skipped.__class__()
         for request in canaries:
             self.waiting.add_request(request)
         try:
@@ -38,7 +44,7 @@ class _CanariesFirst:
         finally:
             for request in (*self.waiting, *self.skipped_waiting):
                 waiting.prepend_request(request)
-            self.waiting, self.skipped_waiting, self.running = waiting, skipped, running + self.running
+            self.waiting, self.skipped_waiting = waiting, skipped
 
 
 class CanariesFirst(_CanariesFirst, Scheduler):

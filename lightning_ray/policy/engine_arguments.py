@@ -7,8 +7,10 @@ from typing import Any
 from lightning_ray.config import EngineSettings
 
 WORKER_EXTENSION = "lightning_ray.policy.vllm_worker.WorkerExtension"
-SHARED_GPU = 0.45
-"""What of a GPU's memory must be free for an engine beside a trainer rank."""
+SHARED_GPU = 0.05
+"""What of a GPU's memory must be free for an engine that starts beside a trainer rank: little, as it may come back when
+the rank has taken its own. The KV cache is told in bytes, whatever is free.
+"""
 
 
 def engine_arguments(model: str, model_name: str, settings: EngineSettings) -> list[str]:
@@ -26,7 +28,8 @@ def engine_arguments(model: str, model_name: str, settings: EngineSettings) -> l
         "distributed-executor-backend": _executor(settings),
         "worker-extension-cls": WORKER_EXTENSION,
         "weight-transfer-config": f'{{"backend": "{settings.whole_transfer}"}}',
-        "max-model-len": settings.max_model_len,
+        # On a shared GPU: as long as the small KV cache has room for, where nothing else is said.
+        "max-model-len": settings.max_model_len or ("auto" if settings.share_gpu else None),
         "tool-call-parser": settings.tool_parser,
         "reasoning-parser": settings.reasoning_parser,
         "disable-log-stats": True,

@@ -60,8 +60,12 @@ def borrowed(name: str, layout: Layout) -> Iterator[Sequence[np.ndarray]]:
             f"the weights lent as {name} are not on {platform.node()}, where a worker of the replica is: keep its "
             "workers on one node, or send whole weights by engine.transfer='nccl'"
         )
-    with Path(name).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as memory:
-        yield split(np.frombuffer(memory, np.uint8), layout)
+    if not layout:  # an empty file cannot be mapped
+        yield []
+        return
+    with Path(name).open("rb") as file:
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    yield split(np.frombuffer(memory, np.uint8), layout)  # unmapped with the last array over it
 
 
 @dataclass

@@ -48,7 +48,7 @@ def engine_probes(model: torch.nn.Module) -> dict[str, float]:
         module = getattr(found, "base_layer", found)
         method = getattr(module, "quant_method", None)
         if hasattr(module, "input_size") and method is not None:
-            inputs = direction(module.input_size, "in")[None].to(_dtype(module))
+            inputs = direction(module.input_size, "in")[None].to(_device(module), _dtype(module))
             output = method.apply(module, inputs, None)[0]
             if module is not found:
                 output = output + _adapter_output(found, inputs[0])
@@ -72,12 +72,17 @@ def _adapter_output(layer: Any, inputs: torch.Tensor) -> torch.Tensor:
 def _embedding_probes(name: str, module: torch.nn.Module, method: object) -> dict[str, float]:
     vocabulary = module.org_vocab_size
     table = module.weight[:vocabulary]  # type: ignore[index]
-    vector = direction(table.shape[1], "in")
+    vector = direction(table.shape[1], "in").to(table.device)
     probes = {f"{name}.weight": output_probe(table.float() @ vector)}
     if hasattr(module, "cpu_linear") or type(module).__name__ == "ParallelLMHead":
         logits = method.apply(module, vector[None].to(table.dtype), None)[0]  # type: ignore[attr-defined]
         probes["lm_head.weight"] = output_probe(logits[:vocabulary])
     return probes
+
+
+def _device(module: torch.nn.Module) -> torch.device:
+    weight = getattr(module, "weight", None)
+    return weight.device if isinstance(weight, torch.Tensor) else torch.device("cpu")
 
 
 def _dtype(module: torch.nn.Module) -> torch.dtype:

@@ -6,6 +6,8 @@ word to give: that is the proof's.
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -17,6 +19,7 @@ from lightning_ray.policy.bits import bit_sum
 from lightning_ray.policy.flat_weights import as_bytes, cut
 from lightning_ray.policy.settings import UpdateSettings
 
+BUFFER_BYTES = 256 * 2**20
 Named = Iterator[tuple[str, torch.Tensor]]
 Broadcast = Callable[..., list[Any]]
 """Calls a control method, with its arguments, on every replica and returns their answers; raises past its deadline."""
@@ -39,6 +42,7 @@ class ReplicaClient:
         self._broadcast = broadcast
         self._offsets = offsets
         self.version = 0
+        self.canaries: list[list[int]] | None = None
 
     def _everywhere(self, method: str, *args: Any) -> None:
         answered = set(self._broadcast(method, *args))
@@ -61,8 +65,8 @@ class ReplicaClient:
         self._everywhere("update_weights", update_info)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Close the update under the version set on this client and resume."""
-        self._everywhere("end_swap", self.version)
+        """Close the update under the version set on this client and resume, its canaries first."""
+        self._everywhere("end_swap", self.version, self.canaries)
 
 
 class WeightPublisher:
@@ -75,6 +79,8 @@ class WeightPublisher:
         self._engine: Any = None
         self._client: ReplicaClient | None = None
         self._chunks: Iterator[list[tuple[str, torch.Tensor]]]
+        self._pass: Named | None = None
+        """What is being sent, once it was begun."""
         self._bits: dict[str, torch.Tensor] = {}
         """Of what rank 0 handed out last (``policy.bits``); nothing in float32."""
 
@@ -86,17 +92,25 @@ class WeightPublisher:
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
         init_info_of = load_transfer(self._backend)
-        if self._backend == "ipc":  # bounded buffers, one after the other
-            init_info = init_info_of(rank=self._rank, packed=True)
+        # Smaller than vLLM's own, for which an engine may have no room, but IPC refuses what does not fit into one.
+        largest = max(math.prod(shape) * dtype.itemsize for _, dtype, shape in source)
+        buffers = {"packed_buffer_size_bytes": max(BUFFER_BYTES, largest)}
+        if self._backend == "ipc":
+            init_info = init_info_of(rank=self._rank, packed=True, **buffers)
         else:
             port = free_port(address)
-            init_info = init_info_of(master_address=address, master_port=port, world_size=world_size, rank=0)
+            meeting = {"master_address": address, "master_port": port, "world_size": world_size, "rank": 0}
+            init_info = init_info_of(**meeting, **(buffers if self._backend == "nccl" else {}))
         self._client = ReplicaClient(broadcast, offsets)
         if self._engine is not None:
             self._engine.shutdown()
         self._engine = WeightTransferTrainerFactory.trainer_init(
-            init_info, client=self._client, source=_source(self._handed_out, source)
+            init_info, client=self._client, source=_source(self._begin_pass, source)
         )
+
+    def _begin_pass(self) -> Named:
+        self._pass = self._handed_out()
+        return self._pass
 
     def _handed_out(self) -> Named:
         """The weights, matrices in the engine's numbers: rounded here, half the bytes travel."""
@@ -137,15 +151,22 @@ class WeightPublisher:
             return {**offer, "adapter": {"rank": lora.rank, "alpha": lora.alpha}}
         return {**offer, "bits": {name: int(self._bits[name]) for name, _ in part if name in self._bits}}
 
-    def push(self, version: int) -> dict[str, int]:
-        """Send the weights as ``version``; returns their bits, from rank 0 in bfloat16."""
+    def push(self, version: int, canaries: list[list[int]] | None = None) -> dict[str, int]:
+        """Send the weights as ``version``, with canaries for the engines to run first.
+
+        Returns their bits, from rank 0 and in bfloat16.
+        """
         if not self._sends:
-            for _ in self._handed_out():
-                pass
+            _exhaust(self._handed_out())
         else:
             assert self._client is not None and self._engine is not None, "connect() comes before push()"
-            self._client.version = version
-            self._engine.send_weights()
+            self._client.version, self._client.canaries, self._pass = version, canaries, None
+            try:
+                self._engine.send_weights()
+            except BaseException:
+                with contextlib.suppress(Exception):  # the other ranks are gathering, or about to
+                    _exhaust(self._handed_out() if self._pass is None else self._pass)
+                raise
         return {name: int(bits) for name, bits in self._bits.items()}
 
 
@@ -171,6 +192,11 @@ def load_transfer(backend: str) -> Any:
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
     return NCCLTrainerInitInfo
+
+
+def _exhaust(weights: Named) -> None:
+    for _ in weights:
+        pass
 
 
 def _source(handed_out: Callable[[], Named], metas: list[tuple[str, torch.dtype, tuple[int, ...]]]) -> Any:

@@ -142,8 +142,8 @@ class GroupTransfer:
     async def send(self, version: int, members: Sequence[Member], only: Sequence[str] | None = None) -> list[Shown]:
         """A broadcast reaches all members, whoever needs it."""
         await self._connect(members)
-        bits = (await self._trainers.call("push", version, timeout=self._timeout))[0]
         canaries = canaries_of(members)
+        bits = (await self._trainers.call("push", version, canaries, timeout=self._timeout))[0]
         expected = (await self._trainers.call("logprobs", canaries, timeout=self._timeout))[0]
         rows = [[float(x) for x in row] for row in expected]
         return await self._replicas("prove", version, canaries, rows, self._tolerance, bits)

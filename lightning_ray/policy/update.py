@@ -82,6 +82,7 @@ class PolicyUpdater:
         with self._engine.train_mode():
             prepared = prepare(self.settings, batch, self._scorer, version)
             result = self._train(batch, prepared)
+        self._leave_memory()
         groups = batch.group[prepared.rollouts]
         result |= staleness(batch, self.updates if version is None else version)
         self.updates += 1
@@ -141,7 +142,13 @@ class PolicyUpdater:
                 micro = TensorDict({"token_ids": token_ids, "wanted": wanted}, batch_size=len(places))
                 found |= zip(places, self._scorer.forward(micro)["log_probs"].cpu().numpy(), strict=True)
         self._engine.reshard()
+        self._leave_memory()
         return [found[place] for place in range(len(sequences))]
+
+    def _leave_memory(self) -> None:
+        """On a shared GPU: give back what PyTorch keeps for later, which the engine needs now."""
+        if self.settings.device == "cuda" and self.settings.gpu_share < 1:
+            torch.cuda.empty_cache()
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Whole tensors under their Hugging Face names, one after the other; a tied head is not repeated, and a LoRA

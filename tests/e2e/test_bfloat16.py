@@ -1,6 +1,7 @@
 """In bfloat16 logprobs of engine and trainer differ by more than an update moves them: a swap is proved by bits too.
 
-Real Ray, Serve, vLLM and a trainer rank, with the settings' own tolerance.
+Real Ray, Serve, vLLM and a trainer rank, with the settings' own tolerance; by the object store also to an engine in a
+process of its own, as on GPUs.
 """
 
 from __future__ import annotations
@@ -26,11 +27,14 @@ pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module")]
 TASKS = [{"question": f"w{i} w{i + 1}", "length": 8} for i in range(4)]
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["object", "gloo"])
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=[("object", "own"), ("gloo", "replica")])
 async def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Run]:
     folder = RunFolder(tmp_path_factory.mktemp("runs") / "coarse")
     folder.create(resume=False)
-    engine = EngineSettings(dtype="bfloat16", transfer=request.param, max_model_len=128, kv_cache_memory_mb=16)
+    transfer, process = request.param
+    engine = EngineSettings(
+        dtype="bfloat16", transfer=transfer, process=process, max_model_len=128, kv_cache_memory_mb=16
+    )
     settings = GRPO(model=make_tiny_model, ranks=1, learning_rate=1e-3, warmup_steps=0, engine=engine)
     runners = RunnerSettings(minimum=1, maximum=1, concurrency=32)
     run = Run(folder, Reporter(Console(quiet=True)), Cluster(), two_turns, {"train": TASKS}, runners, False)

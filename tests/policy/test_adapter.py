@@ -15,7 +15,7 @@ from lightning_ray.config import EngineSettings, build
 from lightning_ray.errors import ConfigError, InfrastructureError
 from lightning_ray.policy.adapter_loading import check
 from lightning_ray.policy.adapter_serving import AdapterRequests, with_adapter
-from lightning_ray.policy.flat_weights import as_bytes
+from lightning_ray.policy.flat_weights import as_bytes, as_tensors
 from lightning_ray.policy.model_folder import matrix_names
 from lightning_ray.policy.object_transfer import borrowed, lend
 from lightning_ray.policy.one_adapter import OneAdapterWrapper
@@ -105,11 +105,13 @@ def test_what_is_whole_is_taken() -> None:
 
 
 @pytest.mark.parametrize("same_process", [True, False])
-def test_what_is_lent_is_there_until_it_is_given_back(same_process: bool) -> None:
-    parts, layout = as_bytes([("a", torch.arange(6.0)), ("b", torch.ones(2, 3))])
+@pytest.mark.parametrize("tensors", [[("a", torch.arange(6.0)), ("b", torch.ones(2, 3))], []])
+def test_what_is_lent_is_there_until_it_is_given_back(same_process: bool, tensors: list[Any]) -> None:
+    parts, layout = as_bytes(tensors)
     with lend(parts, same_process) as name, borrowed(name, layout) as found:
+        held = list(as_tensors(found, layout))
         assert [part.tobytes() for part in found] == [part.tobytes() for part in parts]
-        del found
+    assert all(torch.equal(tensor, own) for (_, tensor), (_, own) in zip(held, tensors, strict=True))
     told = r"not on .*: keep its workers on one node, or .*transfer='nccl'"
     with pytest.raises(InfrastructureError, match=told), borrowed(name, layout):
         pass

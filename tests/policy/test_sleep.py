@@ -50,6 +50,7 @@ def replica(**settings: Any) -> Any:
 
     policy.capture = SimpleNamespace(flush=flush, proved=asyncio.Event(), mark_swap=marked.append, version=0)
     policy.settings, policy.engine, policy.marked = EngineSettings(**SHARED, **settings), Engine(), marked
+    policy._asked = None
     policy.asleep, policy.swapping_since, policy.swaps, policy.replica_id = False, None, deque(), "r"
     policy.capture.proved.set()
     return policy
@@ -76,6 +77,30 @@ async def test_without_sleep_it_is_paused_and_resumed() -> None:
     await policy._freeze()
     await policy._thaw(1)
     assert [name for name, *_ in policy.engine.told] == ["clear", "pause", "update_weight_version", "resume_generation"]
+
+
+async def test_canaries_asked_for_before_a_swap_ends_are_what_proves_it() -> None:
+    """Asked for later, they would come behind all that was frozen, or find no room."""
+    policy = replica()
+    policy.engine.finish_weight_update = policy.engine._noting("finish")
+
+    async def ask(version: int, canaries: list[list[int]]) -> Any:
+        policy.engine.told.append(("ask", version))
+        answer = asyncio.get_running_loop().create_future()
+        answer.set_result([[-1.0]])
+        return answer
+
+    policy._ask_canaries, policy._compared = ask, policy.engine._noting("compared")
+    policy._judge = lambda version, expected, found, tolerance, compared: found
+    await policy._freeze()
+    policy.engine.told.clear()
+    await policy.end_swap(3, [[1, 2]])
+    assert [name for name, *_ in policy.engine.told][:2] == ["finish", "ask"]
+    assert "resume_generation" in [name for name, *_ in policy.engine.told][2:]
+    assert await policy.prove(3, [[1, 2]], [[-1.0]], 0.1) == [[-1.0]]
+    assert [told for told in policy.engine.told if told[0] == "ask"] == [("ask", 3)], "they were asked for again"
+    await policy.prove(3, [[1, 2]], [[-1.0]], 0.1)
+    assert len([told for told in policy.engine.told if told[0] == "ask"]) == 2, "an answer proves one thing once"
 
 
 def test_vllm_is_told_of_it_at_its_start() -> None:

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from lightning_ray.algorithms.grpo import GRPO
+from lightning_ray.algorithms.policies import Policy
 from lightning_ray.config import EngineSettings, build
 from lightning_ray.errors import ConfigError, InfrastructureError, TrainersLostError
 from lightning_ray.policy.phases import Phases
-from lightning_ray.policy.publish import WeightPublisher, load_transfer
+from lightning_ray.policy.publish import BUFFER_BYTES, WeightPublisher, load_transfer
 from lightning_ray.policy.transfer import CHUNK_BYTES, MOST_CHUNKS, ObjectTransfer, transfer_of
 from lightning_ray.serving import policy_options
 
@@ -140,7 +141,11 @@ def test_on_a_shared_gpu_memory_is_handed_over_in_place(given: dict[str, Any], c
     assert options["ray_actor_options"].get("num_gpus", 0.0) == share
     variables = options["ray_actor_options"]["runtime_env"]["env_vars"]
     assert ("VLLM_ALLOW_INSECURE_SERIALIZATION" in variables) == (settings.whole_transfer == "ipc")
-    ranks = GRPO(model="a/folder", engine=given | {"adapter_rank": 0}).update_settings(Path("a/folder"))
+    assert "TRITON_F32_DEFAULT" not in variables
+    if settings.device == "cuda":
+        exact = policy_options(settings.model_copy(update={"dtype": "float32"}))["ray_actor_options"]["runtime_env"]
+        assert exact["env_vars"]["TRITON_F32_DEFAULT"] == "ieee"
+    ranks = GRPO(model="a/folder", ranks=1, engine=given | {"adapter_rank": 0}).update_settings(Path("a/folder"))
     assert ranks.gpu_share == share
 
 
@@ -165,6 +170,21 @@ def test_what_does_not_go_together_is_refused_with_the_fix(given: dict[str, Any]
 def test_without_a_gpu_it_is_said_what_to_set(backend: str) -> None:
     with pytest.raises(ConfigError, match=r"engine\.transfer='\w+' needs a CUDA GPU .*: set engine\.device='cpu'"):
         load_transfer(backend)
+
+
+@pytest.mark.parametrize("given", [{"ranks": 2}, {"ranks": 1, "engine.replicas": 2}])
+def test_a_gpu_is_shared_by_one_replica_and_one_rank(given: dict[str, Any]) -> None:
+    engine = {"device": "cuda", "share_gpu": True, "replicas": given.get("engine.replicas", 1)}
+    with pytest.raises(ConfigError, match=r"set ranks=1 \(not \d\) and engine\.replicas=1 \(not \d\)"):
+        GRPO(model="a/folder", ranks=given["ranks"], engine=engine)
+
+
+def test_a_gpu_is_not_shared_by_several_policies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_ray.algorithms.weights.check_model_folder", lambda folder: None)
+    policies = {name: Policy(model="a/folder", agents=name) for name in ("writer", "checker")}
+    settings = GRPO(ranks=1, engine={"device": "cuda", "share_gpu": True}, policies=policies)
+    with pytest.raises(ConfigError, match=r"engine\.share_gpu=true .* of several policies: leave it out"):
+        settings.check(SimpleNamespace(cluster=SimpleNamespace(owned=False), train_dataset=[0]))  # type: ignore[arg-type]
 
 
 class Weights:
@@ -214,4 +234,58 @@ def test_by_ipc_each_rank_has_an_end_and_else_the_first_alone(
         assert weights.gathered == (1 if rank in ends else 2), "each rank takes part in gathering"
     assert [info.rank for info in made] == ends and sent == ends
     if backend == "ipc":
-        assert all(info.packed for info in made)
+        assert all(info.packed and info.packed_buffer_size_bytes == BUFFER_BYTES for info in made)
+
+
+class Large(Weights):
+    """A tensor larger than a buffer is meant to be, without its memory."""
+
+    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        self.gathered += 1
+        yield "small", torch.zeros(3)
+        yield "large", torch.empty(BUFFER_BYTES, 2, device="meta", dtype=torch.bfloat16)
+
+
+def test_by_ipc_a_buffer_holds_the_largest_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+    from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+
+    made: list[Any] = []
+    monkeypatch.setattr(WeightTransferTrainerFactory, "trainer_init", lambda info, **rest: made.append(info))
+    monkeypatch.setattr("lightning_ray.policy.publish.load_transfer", lambda name: IPCTrainerInitInfo)
+    WeightPublisher(Large(), 0, "ipc").connect(lambda *call: [], {"r": 1}, 2, "127.0.0.1")
+    assert made[0].packed_buffer_size_bytes == BUFFER_BYTES * 2 * 2
+
+
+class Several(Weights):
+    """Tensors of which it is told how many were gathered."""
+
+    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for index in range(4):
+            self.gathered += 1
+            yield f"w{index}", torch.zeros(2, 3)
+
+
+@pytest.mark.parametrize("sent", [0, 2, 4])
+def test_a_push_that_breaks_off_takes_part_in_gathering_to_the_end(sent: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the other ranks would wait in the middle of it, and the next push would meet them there."""
+    from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+
+    class Breaks:
+        def __init__(self, source: Any):
+            self.source = source
+
+        def send_weights(self) -> None:
+            if sent:
+                for _, _ in zip(range(sent), self.source, strict=False):
+                    pass
+            raise RuntimeError("a replica died")
+
+    monkeypatch.setattr(WeightTransferTrainerFactory, "trainer_init", lambda info, client, source: Breaks(source))
+    weights = Several()
+    publisher = WeightPublisher(weights, 0, "gloo")
+    publisher.connect(lambda *call: [], {"r": 1}, 2, "127.0.0.1")
+    weights.gathered = 0
+    with pytest.raises(RuntimeError, match="a replica died"):
+        publisher.push(1, [[1, 2]])
+    assert weights.gathered == 4
