@@ -26,7 +26,7 @@ from lightning_ray.deaths.process import Whereabouts
 from lightning_ray.errors import InfrastructureError, LightningRayError, TrainersLostError
 from lightning_ray.loading import uncollected
 from lightning_ray.mirror.nodes import hand_over, present
-from lightning_ray.net import free_port
+from lightning_ray.net import RANK_RANGE, free_port
 from lightning_ray.placement.asks import Ask
 from lightning_ray.placement.places import Places
 from lightning_ray.placement.room import let_go, placed
@@ -64,7 +64,7 @@ class PolicyTrainer:
     def address(self) -> tuple[str, int]:
         """Where ranks can meet: this node's address and a port that is free now."""
         host = ray.util.get_node_ip_address()
-        return host, free_port(host)
+        return host, free_port(host, RANK_RANGE)
 
     def whereabouts(self) -> Whereabouts:
         """This process, for who is to tell of its death."""
@@ -117,9 +117,9 @@ class PolicyTrainer:
         """A chunk of the weights in the object store, from rank 0; see ``WeightPublisher.export``."""
         return self.publisher.export(chunk, chunks, size)
 
-    def push(self, version: int) -> dict[str, int]:
+    def push(self, version: int, canaries: list[list[int]] | None = None) -> dict[str, int]:
         """Send the weights to every replica as ``version``; returns their bits, see ``WeightPublisher.push``."""
-        return self.publisher.push(version)
+        return self.publisher.push(version, canaries)
 
     def probes(self) -> dict[str, float]:
         """One number for each parameter, comparable with the engine's."""

@@ -6,8 +6,6 @@ earlier tests left.
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
@@ -16,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from lightning_ray.own_ray import OwnRay
 from lightning_ray.store import LocalStoreClient, SpanStore, Store, StoreClient
 from lightning_ray.store.http.client import HttpStoreClient
 from lightning_ray.store.http.server import serve
@@ -89,18 +88,9 @@ async def empty(store: Store) -> None:
 def cluster() -> Iterator[Any]:
     """A Ray for the tests of one file."""
     ray = pytest.importorskip("ray")
-    folder = tempfile.mkdtemp(prefix="lr", dir="/tmp")
-    ray.init(
-        "local",
-        include_dashboard=False,
-        num_cpus=4,
-        object_store_memory=100_000_000,
-        _temp_dir=folder,
-        log_to_driver=False,
-    )
+    own = OwnRay.start(lambda _: {}, {"num_cpus": 4, "log_to_driver": False})
     yield ray
-    ray.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
+    own.end()
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator
 
 import httpx
@@ -13,6 +11,7 @@ import pytest
 
 from lightning_ray.metrics.catalogue import METRICS
 from lightning_ray.metrics.exporter import Exporter
+from lightning_ray.own_ray import OwnRay
 
 _SAMPLE = re.compile(r"^(ray_lightning_ray_\w+)\{([^}]*)\} (\S+)$", re.M)
 _TAG = re.compile(r'(\w+)="([^"]*)"')
@@ -23,22 +22,11 @@ def endpoint() -> Iterator[str]:
     """Where a small Ray's metrics are."""
     import ray
 
-    from lightning_ray.machine import short_temp
-
-    folder = tempfile.mkdtemp(prefix="lr-", dir=short_temp())
-    ray.init(
-        "local",
-        num_cpus=1,
-        include_dashboard=False,
-        object_store_memory=80 * 2**20,
-        log_to_driver=False,
-        _temp_dir=folder,
-        _system_config={"metrics_report_interval_ms": 1000},
-    )
+    quick = {"metrics_report_interval_ms": 1000}
+    own = OwnRay.start(lambda _: {}, {"num_cpus": 1, "log_to_driver": False, "_system_config": quick})
     [node] = ray.nodes()
     yield f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-    ray.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
+    own.end()
 
 
 async def test_every_metric_comes_with_its_tags(endpoint: str) -> None:

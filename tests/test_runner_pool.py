@@ -6,9 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
-import shutil
 import signal
-import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -20,6 +18,7 @@ import lightning_ray as lr
 from benchmarks.rollout_chaos import chaos
 from lightning_ray.config import RunnerSettings
 from lightning_ray.errors import InfrastructureError
+from lightning_ray.own_ray import OwnRay
 from lightning_ray.store import Store, StoreClient
 from lightning_ray.types import EnqueueRolloutRequest as Request
 from lightning_ray.types import RolloutConfig
@@ -33,19 +32,9 @@ LEASE_SECONDS = 30.0
 def cluster() -> Iterator[Any]:
     import ray
 
-    folder = tempfile.mkdtemp(prefix="lr-")
-    ray.init(
-        "local",
-        num_cpus=4,
-        include_dashboard=False,
-        object_store_memory=100_000_000,
-        log_to_driver=False,
-        logging_level="ERROR",
-        _temp_dir=folder,
-    )
+    own = OwnRay.start(lambda _: {}, {"num_cpus": 4, "log_to_driver": False, "logging_level": "ERROR"})
     yield ray
-    ray.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
+    own.end()
 
 
 @pytest.fixture

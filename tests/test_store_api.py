@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import stat
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
-import ray
 from opentelemetry.exporter.otlp.proto.http import Compression
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.trace import TracerProvider
@@ -21,6 +19,7 @@ from actors import span_store
 from deployments.store_api import StoreApiSettings, app, find_token
 from lightning_ray.errors import ConfigError
 from lightning_ray.net import free_port
+from lightning_ray.own_ray import OwnRay
 from lightning_ray.store import StoreClient
 from lightning_ray.store.http.client import TOKEN_VARIABLE, HttpStoreClient
 
@@ -32,11 +31,10 @@ def no_token(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def small_ray() -> Iterator[None]:
-    with tempfile.TemporaryDirectory(prefix="lr-", ignore_cleanup_errors=True) as folder:
-        ray.init("local", include_dashboard=False, num_cpus=4, object_store_memory=100_000_000, _temp_dir=folder)
-        yield
-        serve.shutdown()
-        ray.shutdown()
+    own = OwnRay.start(lambda _: {}, {"num_cpus": 4})
+    yield
+    serve.shutdown()
+    own.end()
 
 
 def test_the_token_of_the_environment_goes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import ray.data
 from ray.data.expressions import col
 
 from lightning_ray.errors import StoreError
+from lightning_ray.own_ray import OwnRay
 from lightning_ray.store.core import SpanStore
 from lightning_ray.store.ray_data import read_dataset
 from lightning_ray.store.schema import SPAN_SCHEMA, spans_to_batch
@@ -21,10 +22,10 @@ from tests.test_store_sql import call
 
 @pytest.fixture(scope="module")
 def a_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=200 * 2**20, log_to_driver=False)
+    own = OwnRay.start(lambda _: {}, {"num_cpus": 2, "log_to_driver": False})
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield
-    ray.shutdown()
+    own.end()
 
 
 def add(store: SpanStore, first: int, count: int) -> None:

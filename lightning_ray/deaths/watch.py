@@ -143,8 +143,11 @@ class DeathWatch:
         if not row:
             return
         state, ended = row["State"], row["NumRestarts"] + (row["State"] == "DEAD")
-        before, known.ended = known.ended if known.ended is not None else row["NumRestarts"], ended
+        before = known.ended if known.ended is not None else row["NumRestarts"]
         told = untold(known.process.role, state, told_by_table(row["DeathCause"])) if ended > before else None
+        if told is not None and told.kind == "node" and known.process.node_id in self._nodes:
+            return  # the next look tells of the node first, with what ran on it
+        known.ended = ended
         if told is not None:
             self._found.put(death_of(known.process, told))
         if state == "ALIVE" and row["Pid"] != known.process.pid:

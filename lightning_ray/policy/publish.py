@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from lightning_ray.errors import ConfigError
-from lightning_ray.net import free_port
+from lightning_ray.net import RANK_RANGE, free_port
 from lightning_ray.policy.bits import bit_sum
 from lightning_ray.policy.flat_weights import as_bytes, cut
 from lightning_ray.policy.settings import UpdateSettings
@@ -98,7 +98,7 @@ class WeightPublisher:
         if self._backend == "ipc":
             init_info = init_info_of(rank=self._rank, packed=True, **buffers)
         else:
-            port = free_port(address)
+            port = free_port(address, RANK_RANGE)
             meeting = {"master_address": address, "master_port": port, "world_size": world_size, "rank": 0}
             init_info = init_info_of(**meeting, **(buffers if self._backend == "nccl" else {}))
         self._client = ReplicaClient(broadcast, offsets)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
@@ -96,6 +96,8 @@ class Storage:
         self._log = LogWriter(folder, fsync, file_bytes, manifest.covered + 1)
         self._job: _Job | None = None
         self._worker: ThreadPoolExecutor | None = None
+        self._removing: Future[None] | None = None
+        """The removal of what was replaced last; those before it are done first."""
         self._not_before = 0.0
         self._deleted_at = 0.0
         self._forced = False
@@ -147,7 +149,10 @@ class Storage:
             self._begin(task, in_process=False)
 
     def compact(self, seconds: float | None = None) -> None:
-        """Compact all there is, at most for so many seconds. Raises StoreError if it fails or takes longer."""
+        """Compact all there is, at most for so many seconds; what was deleted is then in no file.
+
+        Raises StoreError if it fails or takes longer.
+        """
         seconds = self._settings.job_seconds if seconds is None else seconds
         deadline = time.monotonic() + seconds
         self.begin_compaction()
@@ -158,6 +163,8 @@ class Storage:
                 self._forced = False
                 raise StoreError(f"the compaction is not done after {seconds:.0f} s; the log stays") from None
             self.go_on()
+        if self._removing is not None:
+            wait([self._removing], max(deadline - time.monotonic(), 0.0))
 
     def begin_compaction(self) -> None:
         """Close the current log file, so that ``compacting`` and ``go_on`` bring all there is into segments."""
@@ -282,7 +289,7 @@ class Storage:
         if self._worker is None:
             remove()
         else:
-            self._worker.submit(remove)
+            self._removing = self._worker.submit(remove)
         return None
 
     def _note(self, text: str) -> None:

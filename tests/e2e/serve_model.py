@@ -8,30 +8,33 @@ from __future__ import annotations
 import json
 import os
 import sys
+from typing import Any
 
 import anthropic
 import httpx
 import openai
-import ray
 from ray import serve
 
 from deployments.serving import KEY_VARIABLE, ServingSettings, app
 from lightning_ray.net import free_port
+from lightning_ray.own_ray import OwnRay
 
 KEY = "a key of the test"
 HELLO = [{"role": "user", "content": "w1 w2"}]
 
 
-def main(temp: str, model: str) -> None:
+def main(model: str) -> None:
     os.environ[KEY_VARIABLE] = KEY
-    ray.init(
-        "local",
-        num_cpus=8,
-        include_dashboard=False,
-        object_store_memory=200_000_000,
-        _temp_dir=temp,
-        log_to_driver=False,
-    )
+    own = OwnRay.start(lambda _: {}, {"num_cpus": 8, "log_to_driver": False})
+    try:
+        print(json.dumps(asked(model)))
+    finally:
+        serve.shutdown()
+        own.end()
+
+
+def asked(model: str) -> dict[str, Any]:
+    """What clients hear from the model, served."""
     port = free_port("127.0.0.1")
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     engine = {"max_model_len": 128, "kv_cache_memory_mb": 16}
@@ -51,7 +54,7 @@ def main(temp: str, model: str) -> None:
         max_tokens=4,
         extra_body={"ignore_eos": True},  # type: ignore[arg-type]
     )
-    told = {
+    return {
         "models": [known.id for known in openai_client.models.list()],
         "chat": chat.usage.completion_tokens if chat.usage else None,
         "messages": message.usage.output_tokens,
@@ -60,9 +63,6 @@ def main(temp: str, model: str) -> None:
             for path in ("/v1/models", "/tokenize", "/metrics", "/health")
         },
     }
-    print(json.dumps(told))
-    serve.shutdown()
-    ray.shutdown()
 
 
 if __name__ == "__main__":

@@ -13,16 +13,19 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import ray
 from ray import serve
 from ray.util.state import list_actors
 
+from benchmarks.simulated import twice
 from lightning_ray.jobs import Job, Jobs
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-SECONDS = 240
+SECONDS = 480
+"""For a job to come to where it is waited for: twice."""
 STEPS = 30
 """Enough that the job can be stopped amid them."""
 SETTINGS = {"steps": STEPS, "ranks": 1, "checkpoint_every": 99}
@@ -30,7 +33,8 @@ SETTINGS = {"steps": STEPS, "ranks": 1, "checkpoint_every": 99}
 
 def main(temp: str, folder: str) -> None:
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    context = ray.init(
+    starting = partial(
+        ray.init,
         "local",
         num_cpus=16,
         include_dashboard=True,
@@ -39,6 +43,7 @@ def main(temp: str, folder: str) -> None:
         _temp_dir=temp,
         log_to_driver=False,
     )
+    context = twice(starting, ray.shutdown)
     jobs = Jobs(f"http://{context.dashboard_url}")
     arguments = ["tests/e2e/script.py", "--runs-dir", f"file://{folder}/remote"]
     for name, value in SETTINGS.items():

@@ -49,13 +49,13 @@ def settings(steps: int, **more: Any) -> GRPO:
 
 async def scraped(steps: int, *wanted: str) -> dict[str, dict[str, float]]:
     """Metrics of the Ray that is up, by series and the tags that tell its own apart; once it tells of so many steps and
-    ``wanted`` are among them.
+    of a replica that is proved, and ``wanted`` are among them.
     """
     [node] = ray.nodes()
     address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     found: dict[str, dict[str, float]] = defaultdict(dict)
     async with asyncio.timeout(60), httpx.AsyncClient(timeout=10) as client:
-        while found["step"].get("") != steps or not set(wanted) <= found.keys():
+        while found["step"].get("") != steps or found["replica_proved"].get("") != 1 or not set(wanted) <= found.keys():
             await asyncio.sleep(0.5)
             for name, tags, value in re.findall(
                 r"^ray_lightning_ray_(\w+)\{(.*)\} (\S+)$", (await client.get(address)).text, re.M

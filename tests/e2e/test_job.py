@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lightning_ray.store import open_folder
-from tests.e2e.submit import STEPS
+from tests.e2e.submit import SECONDS, STEPS
 
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -24,7 +24,7 @@ def test_a_job_is_stopped_and_resumed_elsewhere_and_takes_its_own_things_away(tm
             cwd=ROOT,
             capture_output=True,
             text=True,
-            timeout=500,
+            timeout=2 * SECONDS + 180,
         )
     assert submitted.returncode == 0, submitted.stderr
     result = json.loads(submitted.stdout.splitlines()[-1])

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from lightning_ray.capture.keys import Claims, issue_key, operator_key
 from lightning_ray.cluster import Cluster
 from lightning_ray.config import EngineSettings, RunnerSettings
 from lightning_ray.net import free_port
+from lightning_ray.own_ray import OwnRay
 from lightning_ray.progress import Reporter
 from lightning_ray.relay.settings import Upstream
 from lightning_ray.run.folder import RunFolder
@@ -103,14 +103,12 @@ async def test_a_run_with_a_judge(fake: FakeUpstream, tmp_path: Path, monkeypatc
 
 @pytest.fixture
 def small_ray() -> Iterator[None]:
-    import ray
     from ray import serve
 
-    with tempfile.TemporaryDirectory(prefix="lr-", ignore_cleanup_errors=True) as folder:
-        ray.init("local", include_dashboard=False, num_cpus=4, object_store_memory=100_000_000, _temp_dir=folder)
-        yield
-        serve.shutdown()
-        ray.shutdown()
+    own = OwnRay.start(lambda _: {}, {"num_cpus": 4})
+    yield
+    serve.shutdown()
+    own.end()
 
 
 async def test_served_by_itself(

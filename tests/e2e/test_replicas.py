@@ -108,7 +108,7 @@ async def given(run: Run) -> tuple[str, Counter[str]]:
 
 async def test_calls_of_one_attempt_go_to_one_replica_and_attempts_are_spread(run: Run) -> None:
     used: Counter[str] = Counter()
-    for _ in range(16):
+    for _ in range(32):
         for _ in range(5):
             attempt = await begin(run)
             process, before = await given(run)

@@ -65,7 +65,7 @@ async def test_a_policy_imitates_its_best_and_another_what_was_exported(
     assert summary["steps"] == 3 and summary["swaps"] == summary["swaps_proved"]
     assert summary["rollouts"] == 3 * 32 * 8 == summary["rollouts_trained"] + sum(summary["rollouts_dropped"].values())
     assert summary["unproved_tokens_trained"] == 0 and summary["max_logprob_diff"] < 1e-4
-    assert summary["val"]["sampled_before"] < 0.3 and summary["val"]["sampled_after"] > 0.9, summary["val"]
+    assert summary["val"]["sampled_before"] < 0.5 and summary["val"]["sampled_after"] > 0.9, summary["val"]
     rows = [row for row in folder.metrics() if row["kind"] == "train"]
     for row in rows:  # rewards are 0 and 1: what is kept is what succeeded, and is all that is trained on
         assert row["rollouts_trained"] == round(row["reward"] * row["rollouts"]) == row["update.trained_rollouts"]
@@ -83,7 +83,7 @@ async def test_a_policy_imitates_its_best_and_another_what_was_exported(
     reading = lr.SFT(steps=2, ranks=1, data=talks, **COMMON)
     folder = await fit(reading, tmp_path / "read", [])
     told = summary_of(folder)
-    assert told["val"]["sampled_before"] < 0.3 and told["val"]["sampled_after"] > 0.9, told["val"]
+    assert told["val"]["sampled_before"] < 0.5 and told["val"]["sampled_after"] > 0.9, told["val"]
     count = summary["rollouts_trained"]
     assert told["tokens_sampled"] == 0 and told["tokens_trained"] == 2 * 2 * count, "a word and the end of each"
     rows = [row for row in folder.metrics() if row["kind"] == "train"]

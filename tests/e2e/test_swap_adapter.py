@@ -1,6 +1,7 @@
 """LoRA: a swap moves the adapter alone, and the engine then computes with the trainer's adapter, proved.
 
-Real Ray, Serve, vLLM and two FSDP2 ranks; one cluster for all tests of this file, in their order.
+Real Ray, Serve, vLLM in a process of its own, as on GPUs, and two FSDP2 ranks; one cluster for all tests of this file,
+in their order.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from tests.e2e.tiny import make_tiny_model
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module")]
 TOLERANCE = 1e-4
 LORA = LoraSettings(rank=3, alpha=12.0)
-ENGINE = EngineSettings(adapter_rank=3, max_model_len=256, kv_cache_memory_mb=16)
+ENGINE = EngineSettings(process="own", adapter_rank=3, max_model_len=256, kv_cache_memory_mb=16)
 SHAPES = {  # of a layer of the tiny model: outputs, inputs
     "q_proj": (64, 64),
     "k_proj": (32, 64),
@@ -133,7 +134,10 @@ async def test_a_swap_moves_the_adapter_alone_and_every_token_is_then_its(policy
 
 async def test_answers_in_flight_go_on_under_the_new_adapter(policy: Policy) -> None:
     answers = [asyncio.create_task(policy.say(200, f"w{index} w2")) for index in range(4)]
-    await asyncio.sleep(0.3)
+    async with asyncio.timeout(30):
+        while (await policy.cluster.replicas("status"))[0]["running"] < 4:
+            await asyncio.sleep(0.01)
+    await asyncio.sleep(0.05)  # a few tokens of each
     old = policy.version
     await policy.at_ranks(another_adapter)
     await policy.publish()

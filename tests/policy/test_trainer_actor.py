@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,20 +13,18 @@ import pytest
 pytest.importorskip("ray")
 pytest.importorskip("verl")
 
-import ray
-
 from actors.policy_trainer import PolicyTrainerGroup
 from lightning_ray.errors import ConfigError, InfrastructureError
+from lightning_ray.own_ray import OwnRay
 from lightning_ray.policy.settings import UpdateSettings
 from tests.policy.oracle import PlainTrainer
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    with tempfile.TemporaryDirectory(prefix="lr", ignore_cleanup_errors=True) as folder:
-        ray.init("local", include_dashboard=False, num_cpus=8, object_store_memory=200_000_000, _temp_dir=folder)
-        yield
-        ray.shutdown()
+    own = OwnRay.start(lambda _: {}, {"num_cpus": 8})
+    yield
+    own.end()
 
 
 async def test_two_ranks_update_save_resume_and_die_with_a_name(

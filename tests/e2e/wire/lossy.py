@@ -6,7 +6,7 @@ import asyncio
 from types import ModuleType
 from typing import Any, Literal
 
-IMPATIENCE = 0.4
+IMPATIENCE = 0.6
 """Seconds that an impatient first try waits."""
 Fault = Literal["impatient", "lost"]
 

@@ -125,6 +125,6 @@ async def test_random_words_drift_without_continuation_and_never_with_it(tmp_pat
     output, complaint = await process.communicate()
     assert process.returncode == 0, complaint.decode()[-3000:]
     found = json.loads(output.splitlines()[-1])
-    assert found["with"]["whole"] > 10 and found["without"]["whole"] > 10
+    assert found["with"]["whole"] > 4 and found["without"]["whole"] > 4
     assert found["without"]["drifted"] > found["without"]["whole"] / 2
     assert found["with"].get("drifted", 0) == 0 and found["with"]["restored"] > 10
