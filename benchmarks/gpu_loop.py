@@ -121,7 +121,7 @@ async def _loop(case: Case, model: Path, folder: Path, rollouts: int, swaps: int
         batch = batch_of(settle(episodes, groups).trained, groups)
         found, updates = [], []
         for _ in range(swaps):
-            load = None if case.sleep else asyncio.create_task(run.play_groups(tasks, GROUP, sampled=True))
+            load = asyncio.create_task(run.play_groups(tasks, GROUP, sampled=True)) if not case.sleep else None
             began = time.perf_counter()
             await run.update(batch)
             updates.append(time.perf_counter() - began)

@@ -227,7 +227,10 @@ class Policy:
         phases.end("prove")
         expected = [[float(x) for x in row] for row in await offer["expected"][0]]
         phases.end("expected")
-        shown = self._judge(version, expected, found, offer["tolerance"], await self._compared(bits))
+        compared = await self._compared(bits)
+        if compared:
+            phases.end("compare")
+        shown = self._judge(version, expected, found, offer["tolerance"], compared)
         return {**shown, "bytes": size, "phases": phases.seconds}
 
     async def _load(self, chunk: dict[str, Any], parts: Sequence[Any], first: bool, last: bool) -> None:
@@ -358,7 +361,7 @@ class Policy:
         difference = max_difference(expected, found)
         proved = difference <= tolerance and self.capture.version == version and not compared.get("unlike")
         if self.swaps:
-            self.swaps[-1] |= {"proved": proved, "max_logprob_diff": difference}
+            self.swaps[-1] |= {"proved": proved, "max_logprob_diff": difference, **compared}
         if proved:
             self.capture.proved.set()
         own = {"replica_id": self.replica_id, "version": self.capture.version}

@@ -25,6 +25,7 @@ from lightning_ray.capture.refusal import refuse
 from lightning_ray.config import EngineSettings
 from lightning_ray.errors import ConfigError, SwapError
 from lightning_ray.evaluation.subject import Subject, subject_of
+from lightning_ray.policy import engine_failure
 from lightning_ray.policy.loaded import Loaded, loaded_from
 from lightning_ray.policy.proof import CANARY, max_difference
 from lightning_ray.run.state import ONLY
@@ -87,7 +88,8 @@ class ServedModel:
         parser = make_arg_parser(FlexibleArgumentParser())
         args = parser.parse_args(engine_arguments(str(folder), self.args.name, engine))
         config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
-        with _on_a_thread() if engine.chosen_process == "replica" else nullcontext():
+        place = _on_a_thread() if engine.chosen_process == "replica" else nullcontext()
+        with engine_failure.told(engine), place:
             self.engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
         await prove(self.engine, folder, loaded)
         tasks = await self.engine.get_supported_tasks()

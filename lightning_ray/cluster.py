@@ -28,7 +28,7 @@ from lightning_ray.errors import ConfigError, InfrastructureError
 from lightning_ray.hooks import Hook
 from lightning_ray.mirror.place import url_of
 from lightning_ray.net import free_port
-from lightning_ray.own_ray import OwnRay
+from lightning_ray.own_ray import OwnRay, check_apart, last_line
 from lightning_ray.placement.asks import Wanted
 from lightning_ray.placement.heard import check_heard
 from lightning_ray.placement.places import Places
@@ -84,6 +84,7 @@ class Cluster:
         self._num_cpus = num_cpus or LOGICAL_CPUS
         self.places = Places(placement)
         self._own: OwnRay | None = None
+        self._joined = False
         self.run = run
         self._name = f"{plain_name(run)}-{secrets.token_hex(4)}"
         """Of the namespace in Ray, and of the applications in Serve: no two runs have the same."""
@@ -109,29 +110,39 @@ class Cluster:
     def start_ray(self, wanted: Wanted | None = None) -> None:
         """Start or join Ray; a Ray of our own counts as many CPUs as what is wanted takes, if that is more than usual.
 
-        Raises ConfigError when a foreign ``actors`` package hides ours, InfrastructureError when there is no Ray.
+        Raises ConfigError when a foreign ``actors`` package hides ours, or this process has a Ray already;
+        InfrastructureError when there is no Ray.
         """
         check_packages()
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a late call must not start another Ray after ours has ended
-        import ray
         from ray._private import auto_init_hook
 
         auto_init_hook.enable_auto_connect = False  # the same where ray was imported before
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "namespace": self._name}
-        try:
-            with sigterm_kept():
-                if self.owned:
-                    needed = ceil(wanted.cpus(self.places.placement)) if wanted else 0
-                    options["num_cpus"] = max(self._num_cpus, needed)
-                    self._own = OwnRay.start(self._front_door, options)
-                else:
-                    ray.init(self.address, **options)
-        except Exception as error:
-            raise InfrastructureError(no_ray(self.address, error)) from error
+        with sigterm_kept():
+            if self.owned:
+                needed = ceil(wanted.cpus(self.places.placement)) if wanted else 0
+                options["num_cpus"] = max(self._num_cpus, needed)
+                self._own = OwnRay.start(self._front_door, options)
+            else:
+                self._join(options)
         self.failure = asyncio.get_running_loop().create_future()
         self._deaths = DeathWatch(self.events.death, lambda: self._applications, self._ray_died)
         self._deaths.start()
+
+    def _join(self, options: dict[str, Any]) -> None:
+        import ray
+
+        check_apart()
+        try:
+            ray.init(self.address, **options)
+        except Exception as error:
+            raise InfrastructureError(
+                f"no Ray can be joined at address={self.address!r} ({last_line(error)}): is it up, with this "
+                "RAY_AUTH_MODE and token?"
+            ) from error
+        self._joined = True
 
     async def make_room(self, wanted: Wanted, note: Callable[[str], None], seen: Mapping[str, Path]) -> None:
         """Find out where the run's parts go; returns once there is room for them.
@@ -307,7 +318,8 @@ class Cluster:
         await trainers.call("attach_policy", self._deployed[name], way, deadline, timeout=60.0)
         tolerance = settings.chosen_tolerance
         transfer = transfer_of(way, replicas, trainers, tolerance, deadline)
-        return PolicySwapper(replicas, trainers, transfer, tolerance, deadline, settings.startup_timeout_seconds)
+        coarse, seconds = settings.chosen_dtype == "bfloat16", settings.startup_timeout_seconds
+        return PolicySwapper(replicas, trainers, transfer, tolerance, deadline, seconds, coarse)
 
     def start_runners(self, agent: LitAgent[Any], settings: RunnerSettings, hooks: Sequence[Hook] = ()) -> None:
         """The runners; they lease whatever is queued from now on."""
@@ -327,7 +339,7 @@ class Cluster:
             self._deaths.stop()
         if self._own is not None:
             self._own.remember()
-        if ray.is_initialized():
+        if (self._own is not None or self._joined) and ray.is_initialized():
             with suppress(Exception):  # a part that does not end is ended below, or by its owner's end
                 async with asyncio.timeout(STOP_SECONDS):
                     await self._stop_actors()
@@ -336,7 +348,7 @@ class Cluster:
         # In this thread: nothing of this loop may call Ray meanwhile.
         if self._own is not None:
             self._own.end()
-        elif ray.is_initialized():
+        elif self._joined:
             ray.shutdown()
 
     async def _stop_actors(self) -> None:
@@ -358,14 +370,6 @@ def ray_node_id() -> str:
 
     node_id: str = ray.get_runtime_context().get_node_id()
     return node_id
-
-
-def no_ray(address: str, error: Exception) -> str:
-    """What to tell when Ray does not start, or cannot be joined."""
-    said = next((line.strip() for line in str(error).splitlines()[::-1] if line.strip()), type(error).__name__)[:300]
-    if address == "local":
-        return f"Ray did not start on this machine ({said}): has it too much to do, or too little memory or disk?"
-    return f"no Ray can be joined at address={address!r} ({said}): is it up, with this RAY_AUTH_MODE and token?"
 
 
 def plain_name(run: str) -> str:

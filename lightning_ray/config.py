@@ -65,7 +65,8 @@ class EngineSettings(Settings):
     arguments: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of ``vllm serve`` by their names without dashes; true for a flag."""
     share_gpu: bool = False
-    """Whether a trainer rank and the engine live on one GPU, each by half of it as Ray counts."""
+    """Whether the trainer rank and the engine live on one GPU, each by half of it as Ray counts; for one rank, one
+    replica and one policy."""
     sleep: bool = False
     """On a shared GPU: whether the engine gives up its memory (vLLM's sleep) while the trainer updates; it answers
     again when the swap is proved."""
@@ -79,7 +80,7 @@ class EngineSettings(Settings):
     """Whether requests in flight go on over a swap, or are waited for before it."""
     logprob_tolerance: float | None = Field(default=None, gt=0)
     """Largest difference of a canary logprob (nats) between engine and trainer at which a swap counts as proved; by
-    default 1e-4, and 0.5 in bfloat16, where weights are compared by their bits besides."""
+    default 1e-4, and 0.5 in bfloat16, where whole weights of one worker are compared by their bits besides."""
     startup_timeout_seconds: float = Field(default=300.0, gt=0)
     swap_timeout_seconds: float = Field(default=120.0, gt=0)
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from lightning_ray.errors import ConfigError, InfrastructureError
 from lightning_ray.machine import end_processes, environment, grown_from
 from lightning_ray.scratch import Scratch
+
+logger = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 2**30
 """Room for the weights of a small model, twice; memory is taken as it is used."""
@@ -29,8 +33,10 @@ class OwnRay:
     def start(cls, variables: Callable[[Path], Mapping[str, str | None]], options: Mapping[str, Any]) -> OwnRay:
         """Start one with ``ray.init``'s options, its processes in an environment with the variables for its folder.
 
-        Raises what Ray raised, the last time; nothing is left running then.
+        Raises InfrastructureError if Ray does not start, with nothing left running; ConfigError if this process has a
+        Ray already.
         """
+        check_apart()
         for left in reversed(range(TRIES)):
             own = cls()
             try:
@@ -38,8 +44,9 @@ class OwnRay:
                 return own
             except BaseException as error:
                 own.end()
-                if not (left and isinstance(error, Exception)):
+                if not (left and isinstance(error, InfrastructureError)):
                     raise
+                logger.warning("%s It is started once more.", error)
         raise AssertionError
 
     def _start(self, variables: Mapping[str, str | None], options: Mapping[str, Any]) -> None:
@@ -48,14 +55,20 @@ class OwnRay:
         files = self.path / "tmp"
         files.mkdir()
         with environment(variables):
-            ray.init(
-                "local",
-                object_store_memory=OBJECT_STORE_BYTES,
-                include_dashboard=False,
-                runtime_env={"env_vars": {"TMPDIR": str(files)}},
-                _temp_dir=str(self.path),
-                **options,
-            )
+            try:
+                ray.init(
+                    "local",
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    include_dashboard=False,
+                    runtime_env={"env_vars": {"TMPDIR": str(files)}},
+                    _temp_dir=str(self.path),
+                    **options,
+                )
+            except Exception as error:
+                raise InfrastructureError(
+                    f"Ray did not start on this machine ({last_line(error)}): has it too much to do, or too little "
+                    "memory or disk?"
+                ) from error
 
     def remember(self) -> None:
         """Note what has grown out of it so far, as what is in between may go: ``end`` ends that too."""
@@ -69,3 +82,20 @@ class OwnRay:
         ray.shutdown()
         end_processes(self._grown)
         self._scratch.remove()
+
+
+def check_apart() -> None:
+    """Raises ConfigError if this process has a Ray already, which the end of a run would take away."""
+    import ray
+
+    if ray.is_initialized():
+        raise ConfigError(
+            "this process has called ray.init already, and a run starts or joins Ray by itself: call ray.shutdown() "
+            "before it, and set RAY_ADDRESS or address= to the Ray that it is to join"
+        )
+
+
+def last_line(error: BaseException) -> str:
+    """What an error says last, at most 300 characters of it."""
+    said = (line.strip() for line in str(error).splitlines()[::-1] if line.strip())
+    return next(said, type(error).__name__)[:300]

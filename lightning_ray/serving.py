@@ -104,9 +104,11 @@ def _said_of(name: str) -> str:
 def plainly(message: str) -> str:
     """What Serve says, on a line of at most 800 characters; of a traceback in it, what was raised."""
     lines = message.rstrip().splitlines()
-    if any(line.startswith("Traceback") or "ray::" in line for line in lines):
-        raised = max(place for place, line in enumerate(lines) if line[:1].strip())
-        lines = lines[raised:]
+    begun = [place for place, line in enumerate(lines) if "Traceback (most recent call last)" in line]
+    if begun:
+        after = lines[begun[-1] + 1 :]
+        raised = next((place for place, line in enumerate(after) if line[:1].strip()), 0)
+        lines = after[raised:]
     return " ".join(" ".join(lines).split())[:800]
 
 

@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from lightning_ray.cluster import no_ray
+from lightning_ray.cluster import Cluster
 from lightning_ray.commands.doctor_events import show_events
 from lightning_ray.deaths import Death, Process, death_of, told_of
 from lightning_ray.deaths.evidence import GONE, Evidence, gather, log_end
 from lightning_ray.deaths.exits import Exits, in_words
 from lightning_ray.deaths.told import Told
 from lightning_ray.deaths.watch import DeathWatch, Known, role_of, untold
-from lightning_ray.errors import TrainersLostError
+from lightning_ray.errors import InfrastructureError, TrainersLostError
 from lightning_ray.run.events import Events, read_events
 
 WORDLESS = (
@@ -198,11 +198,13 @@ def test_doctor_lists_what_died_and_when_the_run_was_late(tmp_path: Path) -> Non
     assert silent.file.getvalue() == ""  # type: ignore[attr-defined]
 
 
-def test_a_ray_that_is_not_there_is_told() -> None:
-    own = no_ray("local", RuntimeError("a traceback\nThe current node timed out during startup.\n"))
-    assert own.startswith("Ray did not start on this machine (The current node timed out during startup.)")
-    joined = no_ray("10.0.0.1:6379", ConnectionError("nobody listens"))
-    assert joined.startswith("no Ray can be joined at address='10.0.0.1:6379' (nobody listens)")
+async def test_a_ray_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: object, **__: object) -> None:
+        raise ConnectionError("a traceback\nnobody listens\n")
+
+    monkeypatch.setattr("ray.init", refuses)
+    with pytest.raises(InfrastructureError, match=r"no Ray .* at address='10\.0\.0\.1:6379' \(nobody listens\)"):
+        Cluster("10.0.0.1:6379").start_ray()
 
 
 def test_a_death_that_several_calls_find_is_told_once(tmp_path: Path) -> None:

