@@ -1,20 +1,41 @@
 """Which weights an engine holds, to the bit: what its logprobs cannot tell in numbers coarser than float32.
 
 Rounding alone moves a bfloat16 logprob further than one update does, so an engine that kept its old weights would pass
-the canaries. A parameter's bit patterns are summed up as integers, in any order: parts that an engine lays side by side
-or transposes add up to the same.
+the canaries. Each pattern of 16 bits has a number, and those of a parameter are summed up, in any order: parts that an
+engine lays side by side or transposes add up to the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 
 import torch
 
+PART = 2**22
+"""Elements whose numbers are in memory at once."""
+
+
+@cache
+def _numbers(device: torch.device) -> torch.Tensor:
+    """A number for each pattern, as splitmix64 mixes them: of the patterns themselves, steps up and down would cancel
+    out. Zero has 0, as engines pad vocabularies with it.
+    """
+    numbers = torch.arange(2**16, dtype=torch.int64)
+    for factor in (-7046029254386353131, -4658895280553007687, -7723592293110705685):
+        numbers = numbers * factor
+        numbers = numbers ^ (numbers >> 29)
+    return numbers.to(device)
+
 
 def bit_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of a bfloat16 tensor's elements, their bits read as int16: one int64, on the tensor's device."""
-    return tensor.detach().view(torch.int16).sum(dtype=torch.int64)
+    """The sum, over a bfloat16 tensor, of the numbers of its elements' bits: one int64, on the tensor's device."""
+    patterns = tensor.detach().view(torch.int16).reshape(-1)
+    numbers = _numbers(tensor.device)
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for part in patterns.split(PART):
+        total += numbers[part.long() & 0xFFFF].sum()
+    return total
 
 
 def engine_bit_sums(model: torch.nn.Module) -> list[tuple[list[str], int]]:

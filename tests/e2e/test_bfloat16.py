@@ -35,7 +35,7 @@ async def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     engine = EngineSettings(
         dtype="bfloat16", transfer=transfer, process=process, max_model_len=128, kv_cache_memory_mb=16
     )
-    settings = GRPO(model=make_tiny_model, ranks=1, learning_rate=1e-3, warmup_steps=0, engine=engine)
+    settings = GRPO(model=make_tiny_model, ranks=1, learning_rate=1e-5, warmup_steps=0, engine=engine)
     runners = RunnerSettings(minimum=1, maximum=1, concurrency=32)
     run = Run(folder, Reporter(Console(quiet=True)), Cluster(), two_turns, {"train": TASKS}, runners, False)
     try:

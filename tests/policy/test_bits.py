@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+from lightning_ray.policy import bits
 from lightning_ray.policy.bits import bit_sum, engine_bit_sums
 from lightning_ray.policy.proof import Proof, failure_message, unlike
 from lightning_ray.policy.publish import WeightPublisher
@@ -75,9 +76,9 @@ def test_an_engine_that_holds_the_trainers_weights_is_alike_however_they_lie(
 ) -> None:
     weights = Weights()
     offers = exported(weights, monkeypatch, chunks)
-    bits = {name: value for offer in offers for name, value in offer["bits"].items()}
-    assert list(bits) == list(SHAPES)
-    assert unlike(bits, engine_bit_sums(Engine(weights.tensors))) == ({}, len(SHAPES))
+    told = {name: value for offer in offers for name, value in offer["bits"].items()}
+    assert list(told) == list(SHAPES)
+    assert unlike(told, engine_bit_sums(Engine(weights.tensors))) == ({}, len(SHAPES))
 
 
 @pytest.mark.parametrize(
@@ -117,5 +118,14 @@ def test_what_the_trainer_does_not_have_is_not_compared() -> None:
     assert unlike({}, [(["a"], 1)]) == ({}, 0)
 
 
-def test_sums_are_of_the_bits() -> None:
-    assert int(bit_sum(torch.tensor([1.0, -0.0], dtype=torch.bfloat16))) == 0x3F80 - 0x8000
+def test_a_step_up_and_a_step_down_do_not_cancel_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bits, "PART", 3)
+    draw = torch.Generator().manual_seed(0)
+    weights = torch.randn(40, generator=draw).to(torch.bfloat16)
+    moved = weights.view(torch.int16).clone()
+    moved[:20] += 1
+    moved[20:] -= 1
+    assert int(moved.sum()) == int(weights.view(torch.int16).sum())
+    assert int(bit_sum(moved.view(torch.bfloat16))) != int(bit_sum(weights))
+    assert int(bit_sum(weights[torch.randperm(40, generator=draw)])) == int(bit_sum(weights))
+    assert int(bit_sum(-weights)) != int(bit_sum(weights)) and int(bit_sum(weights[:0])) == 0
