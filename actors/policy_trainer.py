@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from actors.names import shown_name
 from lightning_ray.deaths import Death, Process, death_of, here
 from lightning_ray.deaths.process import Whereabouts
-from lightning_ray.errors import InfrastructureError, LightningRayError, TrainersLostError
+from lightning_ray.errors import InfrastructureError, LightningRayError, TrainersLostError, last_line
 from lightning_ray.loading import uncollected
 from lightning_ray.mirror.nodes import hand_over, present
 from lightning_ray.net import RANK_RANGE, free_port
@@ -275,7 +275,7 @@ class PolicyTrainerGroup:
             if isinstance(cause, LightningRayError | ValueError):
                 return cause
         rank, error = next(iter(errors.items()))
-        failure = InfrastructureError(f"trainer rank {rank} failed in {method!r}: {_last_line(error)}")
+        failure = InfrastructureError(f"trainer rank {rank} failed in {method!r}: {last_line(error)}")
         failure.__cause__ = error
         return failure
 
@@ -309,8 +309,3 @@ def _ignore(task: asyncio.Future[Any]) -> None:
     """Take note of a failure that nobody waits for any more, which asyncio would else complain about."""
     if not task.cancelled():
         task.exception()
-
-
-def _last_line(error: BaseException) -> str:
-    """The message without the stack of the other process, at most 500 characters."""
-    return [line.strip() for line in str(error).splitlines() if line.strip()][-1][:500]

@@ -24,11 +24,11 @@ from lightning_ray.capture.audience import POLICY, one_of_several
 from lightning_ray.config import EngineSettings, RunnerSettings
 from lightning_ray.deaths import Death
 from lightning_ray.deaths.watch import DeathWatch
-from lightning_ray.errors import ConfigError, InfrastructureError
+from lightning_ray.errors import ConfigError, InfrastructureError, last_line
 from lightning_ray.hooks import Hook
 from lightning_ray.mirror.place import url_of
 from lightning_ray.net import free_port
-from lightning_ray.own_ray import OwnRay, check_apart, last_line
+from lightning_ray.own_ray import OwnRay, check_apart
 from lightning_ray.placement.asks import Wanted
 from lightning_ray.placement.heard import check_heard
 from lightning_ray.placement.places import Places

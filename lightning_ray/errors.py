@@ -44,3 +44,9 @@ class TrainersLostError(InfrastructureError):
 
 class SwapError(LightningRayError):
     """A weight swap could not be proved on a replica."""
+
+
+def last_line(error: BaseException) -> str:
+    """What an error says last, without the stack of another process before it: at most 300 characters."""
+    said = (line.strip() for line in str(error).splitlines()[::-1] if line.strip())
+    return next(said, type(error).__name__)[:300]

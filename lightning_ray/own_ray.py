@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 
-from lightning_ray.errors import ConfigError, InfrastructureError
+from lightning_ray.errors import ConfigError, InfrastructureError, last_line
 from lightning_ray.machine import end_processes, environment, grown_from
 from lightning_ray.scratch import Scratch
 
@@ -93,9 +93,3 @@ def check_apart() -> None:
             "this process has called ray.init already, and a run starts or joins Ray by itself: call ray.shutdown() "
             "before it, and set RAY_ADDRESS or address= to the Ray that it is to join"
         )
-
-
-def last_line(error: BaseException) -> str:
-    """What an error says last, at most 300 characters of it."""
-    said = (line.strip() for line in str(error).splitlines()[::-1] if line.strip())
-    return next(said, type(error).__name__)[:300]

@@ -86,7 +86,9 @@ class WeightPublisher:
 
     def connect(self, broadcast: Broadcast, offsets: dict[str, int], world_size: int, address: str) -> None:
         """Form the transfer group of rank 0 and ``world_size - 1`` engine workers."""
-        source = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self._handed_out()]
+        source = [
+            (name, self._travels_in(tensor), tuple(tensor.shape)) for name, tensor in self._weights.named_weights()
+        ]
         if not self._sends:
             return
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
@@ -112,16 +114,21 @@ class WeightPublisher:
         self._pass = self._handed_out()
         return self._pass
 
+    @property
+    def _coarse(self) -> bool:
+        """Whether the engine computes in bfloat16."""
+        return self._weights.settings.dtype == "bfloat16"
+
+    def _travels_in(self, tensor: torch.Tensor) -> torch.dtype:
+        """Matrices travel in the engine's numbers: rounded before, half the bytes."""
+        return torch.bfloat16 if self._coarse and tensor.ndim > 1 else tensor.dtype
+
     def _handed_out(self) -> Named:
-        """The weights, matrices in the engine's numbers: rounded here, half the bytes travel."""
-        coarse = self._weights.settings.dtype == "bfloat16"
+        """The weights as they travel, their bits noted."""
         for name, tensor in self._weights.named_weights():
-            if coarse:
-                rounded = tensor.to(torch.bfloat16)
-                if self._rank == 0:
-                    self._bits[name] = bit_sum(rounded)
-                tensor = rounded if tensor.ndim > 1 else tensor
-            yield name, tensor
+            if self._coarse and self._rank == 0:
+                self._bits[name] = bit_sum(tensor.to(torch.bfloat16))
+            yield name, tensor.to(self._travels_in(tensor))
 
     @property
     def _sends(self) -> bool:
