@@ -39,6 +39,7 @@ $(READY): pyproject.toml requirements/$(KIND).txt
 	$(if $(filter-out $(READY),$(wildcard $(VENV)/.ready-*)),rm -rf $(VENV))  # of another kind: its packages are others
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/$(KIND).txt
+	@test $(KIND) != cpu || $(VENV)/bin/python -c 'import torch' 2>/dev/null || { echo "The torch of this package index is no CPU build, or does not load: name an index that has one by PIP_EXTRA_INDEX_URL (README.md), make clean, and try again." >&2; exit 1; }
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $(READY)
 
