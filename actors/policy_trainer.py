@@ -121,8 +121,8 @@ class PolicyTrainer:
         """Send the weights to every replica as ``version``; returns their bits, see ``WeightPublisher.push``."""
         return self.publisher.push(version, canaries)
 
-    def probes(self) -> dict[str, float]:
-        """One number for each parameter, comparable with the engine's."""
+    def probes(self) -> dict[str, list[float]]:
+        """A few numbers for each parameter, comparable with the engine's."""
         from lightning_ray.policy.probe import trainer_probes
 
         return trainer_probes(self.updater.named_weights())

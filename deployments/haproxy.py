@@ -44,6 +44,10 @@ exec {binary} "$@"
 """
 PROXY_CHECK_SECONDS = 1
 """Between two looks at whether HAProxy is alive; after three without success it is started anew."""
+PROXY_START_SECONDS = 20
+"""A third of what it may take to start, as it does on a machine that has much to do; then it is killed, and with it the
+start of Serve.
+"""
 
 
 def haproxy_environment(folder: Path) -> dict[str, str]:
@@ -71,6 +75,9 @@ def haproxy_environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_RETRIES": "1",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": str(PROXY_CHECK_SECONDS),
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": str(PROXY_START_SECONDS),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port("127.0.0.1")),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(free_port("127.0.0.1")),
     }
 
 

@@ -368,7 +368,7 @@ class Policy:
         return {**own, "max_logprob_diff": difference, **compared}
 
     async def probes(self) -> dict[str, Any]:
-        """One number for each parameter, to tell which differ after a failed proof."""
+        """A few numbers for each parameter, to tell which differ after a failed proof."""
         numbers = await self.engine.collective_rpc("lightning_ray_probes")
         return {"replica_id": self.replica_id, "probes": numbers[0]}
 

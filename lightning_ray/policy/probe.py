@@ -1,7 +1,8 @@
-"""Which parameters differ: one number for each, comparable between the trainer's tensors and the engine's modules.
+"""Which parameters differ: a few numbers for each, comparable between the trainer's tensors and the engine's modules.
 
-A matrix W [out, in] is probed as u . (W x) with fixed pseudo-random x and u, a vector w as u . w. The engine may fuse,
-pack or transpose its matrices; a probe only needs what the module computes, so what it finds is what serves.
+A matrix W [out, in] is probed as U (W x) with fixed pseudo-random x and U [``NUMBERS``, out], a vector w as U w. The
+engine may fuse, pack or transpose its matrices; a probe only needs what the module computes, so what it finds is what
+serves.
 """
 
 from __future__ import annotations
@@ -12,35 +13,39 @@ from typing import Any
 
 import torch
 
+NUMBERS = 8
+"""Of one alone, one change in a hundred would be lost: it looks in a single direction."""
+Probe = list[float]
 
-def direction(size: int, salt: str) -> torch.Tensor:
-    """A fixed unit vector of ``size`` positive float32 entries, so that a constant shift shows as well."""
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{salt}:{size}".encode()))
-    vector = torch.rand(size, generator=generator) + 0.5
+
+def inputs_of(size: int) -> torch.Tensor:
+    """The fixed input x: a unit vector of ``size`` float32 entries."""
+    vector = torch.rand(size, generator=torch.Generator().manual_seed(_seed("in", size))) + 0.5
     return vector / vector.norm()
 
 
-def output_probe(output: torch.Tensor) -> float:
-    """u . y of a module's output, float32."""
+def output_probe(output: torch.Tensor) -> Probe:
+    """U y of a module's output, float32."""
     flat = output.detach().float().flatten().cpu()
-    return float(direction(flat.numel(), "out") @ flat)
+    generator = torch.Generator().manual_seed(_seed("out", flat.numel()))
+    return (torch.randn(NUMBERS, flat.numel(), generator=generator) @ flat).tolist()  # type: ignore[no-any-return]
 
 
-def tensor_probe(tensor: torch.Tensor) -> float:
+def tensor_probe(tensor: torch.Tensor) -> Probe:
     """The probe of a parameter in checkpoint form."""
     full = tensor.detach().float().cpu()
-    return output_probe(full @ direction(full.shape[-1], "in") if full.ndim == 2 else full)
+    return output_probe(full @ inputs_of(full.shape[-1]) if full.ndim == 2 else full)
 
 
-def trainer_probes(weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, float]:
+def trainer_probes(weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, Probe]:
     """Probes of the trainer's parameters, by checkpoint name."""
     return {name: tensor_probe(tensor) for name, tensor in weights}
 
 
-def engine_probes(model: torch.nn.Module) -> dict[str, float]:
+def engine_probes(model: torch.nn.Module) -> dict[str, Probe]:
     """Probes of what the engine's modules compute, by checkpoint name. For an unsharded (TP 1) model."""
     fused: Mapping[str, list[str]] = getattr(model, "packed_modules_mapping", {})
-    probes: dict[str, float] = {}
+    probes: dict[str, Probe] = {}
     for name, found in model.named_modules():
         parent, _, leaf = name.rpartition(".")
         if leaf == "base_layer":
@@ -48,7 +53,7 @@ def engine_probes(model: torch.nn.Module) -> dict[str, float]:
         module = getattr(found, "base_layer", found)
         method = getattr(module, "quant_method", None)
         if hasattr(module, "input_size") and method is not None:
-            inputs = direction(module.input_size, "in")[None].to(_device(module), _dtype(module))
+            inputs = inputs_of(module.input_size)[None].to(_device(module), _dtype(module))
             output = method.apply(module, inputs, None)[0]
             if module is not found:
                 output = output + _adapter_output(found, inputs[0])
@@ -56,10 +61,13 @@ def engine_probes(model: torch.nn.Module) -> dict[str, float]:
             sizes = module.output_sizes if len(parts) > 1 else [output.shape[0]]
             for part, piece in zip(parts, output.split(list(sizes)), strict=True):
                 probes[f"{parent}.{part}.weight"] = output_probe(piece)
+            if isinstance(bias := getattr(module, "bias", None), torch.Tensor):
+                for part, piece in zip(parts, bias.split(list(sizes)), strict=True):
+                    probes[f"{parent}.{part}.bias"] = output_probe(piece)
         elif hasattr(module, "num_embeddings") and method is not None:
             probes.update(_embedding_probes(name, module, method))
         elif isinstance(getattr(module, "weight", None), torch.Tensor) and module.weight.ndim == 1:
-            probes[f"{name}.weight"] = output_probe(module.weight)  # type: ignore[arg-type]
+            probes |= {f"{name}.{own}": output_probe(tensor) for own, tensor in module.named_parameters(recurse=False)}
     return probes
 
 
@@ -69,15 +77,19 @@ def _adapter_output(layer: Any, inputs: torch.Tensor) -> torch.Tensor:
     return torch.cat([b[0, 0] @ (a[0, 0] @ inputs) for a, b in slices])
 
 
-def _embedding_probes(name: str, module: torch.nn.Module, method: object) -> dict[str, float]:
+def _embedding_probes(name: str, module: torch.nn.Module, method: object) -> dict[str, Probe]:
     vocabulary = module.org_vocab_size
     table = module.weight[:vocabulary]  # type: ignore[index]
-    vector = direction(table.shape[1], "in").to(table.device)
+    vector = inputs_of(table.shape[1]).to(table.device)
     probes = {f"{name}.weight": output_probe(table.float() @ vector)}
     if hasattr(module, "cpu_linear") or type(module).__name__ == "ParallelLMHead":
         logits = method.apply(module, vector[None].to(table.dtype), None)[0]  # type: ignore[attr-defined]
         probes["lm_head.weight"] = output_probe(logits[:vocabulary])
     return probes
+
+
+def _seed(salt: str, size: int) -> int:
+    return zlib.crc32(f"{salt}:{size}".encode())
 
 
 def _device(module: torch.nn.Module) -> torch.device:

@@ -5,6 +5,7 @@ The engine's own checksums see what arrived, not what its kernels compute with; 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ CANARY = "canary-"
 CANARY_LENGTH = 10
 """Every parameter but the embeddings takes part in every token; more of them cost time at each swap."""
 CANARIES = 2
-PROBE_TOLERANCE = 1e-3
+PROBE_TOLERANCE = 1e-4
 """Relative difference of two probes from which a parameter counts as different (float32 sums in another order)."""
 COARSE_PROBE_TOLERANCE = 3e-2
 """The same where the engine computes them in bfloat16."""
@@ -85,7 +86,7 @@ def failure_message(proof: Proof, kinds: dict[str, int]) -> str:
 
 
 def differing_kinds(
-    trainer: Mapping[str, float], engine: Mapping[str, float], tolerance: float = PROBE_TOLERANCE
+    trainer: Mapping[str, Sequence[float]], engine: Mapping[str, Sequence[float]], tolerance: float = PROBE_TOLERANCE
 ) -> dict[str, int]:
     """Parameter kinds (names without layer numbers) whose probes differ or are missing -> how many parameters."""
     kinds: dict[str, int] = {}
@@ -93,7 +94,7 @@ def differing_kinds(
     for name, probe in engine.items():
         expected = trainer.get("model.embed_tokens.weight" if tied and name == "lm_head.weight" else name)
         # Written so that a NaN differs.
-        if expected is None or not abs(probe - expected) <= tolerance * max(abs(expected), 1e-2):
+        if expected is None or not math.dist(probe, expected) <= tolerance * math.hypot(*expected):
             kind = _kind(name)
             if tied and name == "lm_head.weight":
                 kind += " (tied to model.embed_tokens.weight)"

@@ -27,8 +27,8 @@ one_adapter.register()
 class WorkerExtension:
     """Methods mixed into vLLM's worker, called by ``collective_rpc``."""
 
-    def lightning_ray_probes(self) -> dict[str, float]:
-        """One number for each parameter, as this worker computes with it."""
+    def lightning_ray_probes(self) -> dict[str, list[float]]:
+        """A few numbers for each parameter, as this worker computes with it."""
         return engine_probes(self.model_runner.model)  # type: ignore[attr-defined]
 
     def lightning_ray_bits(self) -> list[tuple[list[str], int]]:

@@ -207,6 +207,7 @@ async def test_a_swap_that_moved_nothing_is_refused_by_the_names_of_what_differs
     swapper._restart, swapper.transfer.send = restart, send
     assert "lm_head.weight (tied to model.embed_tokens.weight)" in str(refused.value)
     assert "model.layers.*.mlp.down_proj.weight (2)" in str(refused.value)
+    assert "model.layers.*.input_layernorm.weight (2)" in str(refused.value)
     await run.publish(run.state.version + 1)
 
 

@@ -55,43 +55,44 @@ def test_a_proof_holds_up_to_its_tolerance(difference: float, holds: bool) -> No
 
 
 TRAINER = {
-    "model.embed_tokens.weight": 2.0,
-    "model.layers.0.mlp.up_proj.weight": 1.0,
-    "model.layers.1.mlp.up_proj.weight": -3.0,
-    "model.norm.weight": 0.0,
+    "model.embed_tokens.weight": [2.0, -1.0],
+    "model.layers.0.mlp.up_proj.weight": [1.0, 4.0],
+    "model.layers.1.mlp.up_proj.weight": [-3.0, 0.0],
+    "model.norm.weight": [0.0, 0.0],
 }
+HEAD = {"lm_head.weight": [2.0, -1.0]}
 TIED = "lm_head.weight (tied to model.embed_tokens.weight)"
 
 
 def test_equal_weights_differ_in_nothing() -> None:
-    assert differing_kinds(TRAINER, {**TRAINER, "lm_head.weight": 2.0}) == {}
-    close = {name: probe * (1 + PROBE_TOLERANCE / 2) for name, probe in TRAINER.items()}
+    assert differing_kinds(TRAINER, TRAINER | HEAD) == {}
+    close = {name: [number * (1 + PROBE_TOLERANCE / 2) for number in probe] for name, probe in TRAINER.items()}
     assert differing_kinds(TRAINER, close) == {}
 
 
 @pytest.mark.parametrize(
     ("change", "kinds"),
     [
-        ({"model.layers.1.mlp.up_proj.weight": -3.0 * 1.01}, {"model.layers.*.mlp.up_proj.weight": 1}),
-        ({"model.layers.1.mlp.up_proj.weight": -2.9}, {"model.layers.*.mlp.up_proj.weight": 1}),
+        ({"model.layers.1.mlp.up_proj.weight": [-3.0, 0.01]}, {"model.layers.*.mlp.up_proj.weight": 1}),
+        ({"model.layers.1.mlp.up_proj.weight": [-2.9, 0.0]}, {"model.layers.*.mlp.up_proj.weight": 1}),
         (
-            {"model.layers.0.mlp.up_proj.weight": 9.0, "model.layers.1.mlp.up_proj.weight": 9.0},
+            {"model.layers.0.mlp.up_proj.weight": [9.0, 4.0], "model.layers.1.mlp.up_proj.weight": [9.0, 0.0]},
             {"model.layers.*.mlp.up_proj.weight": 2},
         ),
-        ({"model.norm.weight": 0.1}, {"model.norm.weight": 1}),
-        ({"model.norm.weight": NAN}, {"model.norm.weight": 1}),
-        ({"model.layers.7.extra.weight": 0.0}, {"model.layers.*.extra.weight": 1}),
-        ({"lm_head.weight": 1.0}, {TIED: 1}),
+        ({"model.norm.weight": [0.1, 0.0]}, {"model.norm.weight": 1}),
+        ({"model.norm.weight": [0.0, NAN]}, {"model.norm.weight": 1}),
+        ({"model.layers.7.extra.weight": [0.0, 0.0]}, {"model.layers.*.extra.weight": 1}),
+        ({"lm_head.weight": [1.0, -1.0]}, {TIED: 1}),
     ],
 )
-def test_what_differs_is_named_by_its_kind(change: dict[str, float], kinds: dict[str, int]) -> None:
-    assert differing_kinds(TRAINER, {**TRAINER, "lm_head.weight": 2.0, **change}) == kinds
+def test_what_differs_is_named_by_its_kind(change: dict[str, list[float]], kinds: dict[str, int]) -> None:
+    assert differing_kinds(TRAINER, TRAINER | HEAD | change) == kinds
 
 
 def test_a_head_of_its_own_is_compared_with_itself() -> None:
-    trainer = {**TRAINER, "lm_head.weight": 5.0}
+    trainer = {**TRAINER, "lm_head.weight": [5.0, 0.0]}
     assert differing_kinds(trainer, trainer) == {}
-    assert differing_kinds(trainer, {**trainer, "lm_head.weight": 2.0}) == {"lm_head.weight": 1}
+    assert differing_kinds(trainer, trainer | HEAD) == {"lm_head.weight": 1}
 
 
 def test_the_message_names_replica_version_difference_and_kinds() -> None:
