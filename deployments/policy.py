@@ -377,7 +377,8 @@ class Policy:
         return {"replica_id": self.replica_id, "digests": await self.engine.collective_rpc("lightning_ray_digest")}
 
     async def check_health(self) -> None:
-        """Raise when the engine is dead or a swap has been open past its deadline: Serve then restarts the replica.
+        """Raise when the engine is dead or makes no step, or a swap is open past its deadline: Serve then restarts the
+        replica.
 
         When the run is gone, its application is deleted.
         """
@@ -391,6 +392,13 @@ class Policy:
             open_for = time.time() - self.swapping_since
             if open_for > self.settings.swap_timeout_seconds:
                 raise RuntimeError(f"a weight swap has been open for {open_for:.0f} s on replica {self.replica_id}")
+        at_work = self.engine.output_processor.has_unfinished_requests()
+        stalled = self.load.stalled(at_work and not self.asleep and self.swapping_since is None)
+        if stalled > self.settings.stall_seconds:
+            raise RuntimeError(
+                f"the engine of replica {self.replica_id} has calls and has made no step for {stalled:.0f} s; if one "
+                "may take that long, allow more by engine.stall_seconds"
+            )
 
     def __del__(self) -> None:
         engine = getattr(self, "engine", None)

@@ -1,7 +1,10 @@
-"""How busy the engine is: running and waiting requests and the share of its cache in use, as of its last step."""
+"""How busy the engine is: running and waiting requests and the share of its cache in use, as of its last step; and
+whether it makes steps at all.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,12 +16,21 @@ class EngineLoad:
         self.running = 0
         self.waiting = 0
         self.cache_use = 0.0
+        self._stepped = self._free = time.monotonic()
 
     def note(self, stats: Any) -> None:
-        """Take over vLLM's SchedulerStats."""
+        """Take over vLLM's SchedulerStats, which each step has."""
+        self._stepped = time.monotonic()
         self.running = stats.num_running_reqs
         self.waiting = stats.num_waiting_reqs + stats.num_skipped_waiting_reqs
         self.cache_use = stats.kv_cache_usage
+
+    def stalled(self, at_work: bool) -> float:
+        """Seconds that it has made no step though there was work whenever this was asked, as ``at_work`` tells now."""
+        now = time.monotonic()
+        if not at_work:
+            self._free = now
+        return now - max(self._stepped, self._free)
 
     def as_dict(self) -> dict[str, Any]:
         """For the status."""
