@@ -116,6 +116,7 @@ class Client:
         send: Callable[[Any], Any] | None = None,
         hang_up: asyncio.Event | None = None,
         raw_path: bytes | None = None,
+        whole: bool = True,
     ) -> tuple[int, bytes]:
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
         size = chunk or max(1, len(raw))
@@ -124,7 +125,7 @@ class Client:
 
         async def receive() -> dict[str, Any]:
             if parts:
-                return {"type": "http.request", "body": parts.pop(0), "more_body": bool(parts)}
+                return {"type": "http.request", "body": parts.pop(0), "more_body": bool(parts) or not whole}
             await (hang_up or asyncio.Event()).wait()
             return {"type": "http.disconnect"}
 

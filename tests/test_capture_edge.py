@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from lightning_ray.capture import edge
 from lightning_ray.capture.call import current_request
 from lightning_ray.capture.edge import Limits
 from lightning_ray.errors import InfrastructureError, StoreError
@@ -139,6 +140,12 @@ async def test_a_body_that_is_too_large_is_refused() -> None:
     assert (await client.call(body=b'{"ids": [1, 2, 3]}  ', chunk=3))[0] == 200
     status, answer = await client.call(body=b'{"ids": [1, 2, 3]}   ', chunk=3)
     assert status == 413 and b"larger than 20 bytes" in answer and len(client.app.scopes) == 1
+
+
+async def test_a_body_that_stays_away_is_not_waited_for(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(edge, "BODY_SECONDS", 0.05)
+    status, answer = await client.call(whole=False)
+    assert status == 408 and b"nothing more of the request body came for 0.05 s" in answer and not client.app.scopes
 
 
 async def test_errors_have_the_shape_that_the_client_reads(client: Client) -> None:

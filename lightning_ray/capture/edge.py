@@ -7,6 +7,7 @@ sampled that is not captured. What the tokens were is the engine half's business
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
@@ -35,6 +36,8 @@ PASSED = ("/v1/models", "/v1/messages/count_tokens", "/v1/embeddings", "/tokeniz
 """Routes that sample nothing."""
 IMAGES_KNOWN = 10_000
 RETRY_AFTER = ((b"retry-after", b"1"),)
+BODY_SECONDS = 60.0
+"""For the next piece of a request's body."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +123,8 @@ class CaptureEdge:
             raw = await read_body(receive, self.limits.body_bytes)
         except HungUp:
             return
-        if raw is None:
-            await refuse(send, dialect, 413, f"the request body is larger than {self.limits.body_bytes} bytes")
+        except BodyRefused as refused:
+            await refuse(send, dialect, refused.status, str(refused))
             return
         parsed = parse(raw)
         refusal = parsed if isinstance(parsed, str) else dialect.refusal(parsed[0])
@@ -195,6 +198,14 @@ class HungUp(Exception):
     """The client hung up amid its request."""
 
 
+class BodyRefused(Exception):
+    """A request body that is not read to its end."""
+
+    def __init__(self, status: int, reason: str):
+        super().__init__(reason)
+        self.status = status
+
+
 def parse(raw: bytes) -> tuple[dict[str, Any], list[Image]] | str:
     """The body and the images that it refers to, or what is wrong with it."""
     try:
@@ -214,18 +225,22 @@ def as_sent(scope: Scope, path: str) -> str:
     return raw if unquote(raw) == path else quote(path)
 
 
-async def read_body(receive: Receive, most: int) -> bytes | None:
-    """The whole request body, or None if it is larger than ``most`` bytes. Raises HungUp."""
+async def read_body(receive: Receive, most: int) -> bytes:
+    """The whole request body. Raises HungUp; BodyRefused if it is larger than ``most`` bytes or stays away."""
     parts: list[bytes] = []
     size = 0
     while True:
-        message = await receive()
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                message = await receive()
+        except TimeoutError:
+            raise BodyRefused(408, f"nothing more of the request body came for {BODY_SECONDS:g} s") from None
         if message["type"] == "http.disconnect":
             raise HungUp
         parts.append(message.get("body", b""))
         size += len(parts[-1])
         if size > most:
-            return None
+            raise BodyRefused(413, f"the request body is larger than {most} bytes")
         if not message.get("more_body", False):
             return b"".join(parts)
 

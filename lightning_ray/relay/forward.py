@@ -17,7 +17,7 @@ from aiohttp import ClientError, ClientResponse
 
 from lightning_ray.capture.call import CapturedRequest, current_request
 from lightning_ray.capture.dialects import openai_error
-from lightning_ray.capture.edge import HungUp, Limits, Receive, Scope, Send, read_body
+from lightning_ray.capture.edge import BodyRefused, HungUp, Limits, Receive, Scope, Send, read_body
 from lightning_ray.capture.refusal import refuse
 from lightning_ray.relay.asking import Asking, Headers, Refused
 from lightning_ray.relay.call import RelayedCall
@@ -48,8 +48,8 @@ class Forwarder:
             body = await read_body(receive, Limits.body_bytes)
         except HungUp:
             return
-        if body is None:
-            await refuse(send, None, 413, f"the request body is larger than {Limits.body_bytes} bytes")
+        except BodyRefused as refused:
+            await refuse(send, None, refused.status, str(refused))
             return
         call, request = RelayedCall(self.name, self.upstream, scope, body), current_request.get()
 
