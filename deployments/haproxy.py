@@ -42,6 +42,8 @@ done
 command -v setpriv > /dev/null && exec setpriv --pdeathsig USR1 {binary} "$@"
 exec {binary} "$@"
 """
+REQUEST_SECONDS, ANSWER_SECONDS = 60, 3600
+"""For a client to send its request, and for a replica to say the next thing of its answer."""
 PROXY_CHECK_SECONDS = 1
 """Between two looks at whether HAProxy is alive; after three without success it is started anew."""
 PROXY_START_SECONDS = 20
@@ -73,6 +75,8 @@ def haproxy_environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": f"hash '{KEY}'\n    hash-type consistent\n    {BUFFERED}",
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
         "RAY_SERVE_HAPROXY_RETRIES": "1",
+        "RAY_SERVE_HAPROXY_TIMEOUT_HTTP_REQUEST_S": str(REQUEST_SECONDS),
+        "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": str(ANSWER_SECONDS),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": str(PROXY_CHECK_SECONDS),
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": str(PROXY_START_SECONDS),

@@ -87,6 +87,7 @@ class Policy:
         self._reporting: asyncio.Task[None] | None = None
         self.engine: Any = None
         self.capture: CapturedEngine | None = None
+        self.edge: CaptureEdge | None = None
         self.adapter: AdapterRequests
 
     async def __serve_build_asgi_app__(self) -> CaptureEdge:
@@ -128,7 +129,8 @@ class Policy:
         limits = Limits(settings.max_body_mb * 2**20, settings.max_calls_per_attempt)
         backend = Backend(self._ready, lambda: self.describe()["version"], self.status, self.audience, self.model_name)
         self._reporting = asyncio.create_task(self.metrics.report())
-        return CaptureEdge(app, self.secret, self._append, backend, limits)
+        self.edge = CaptureEdge(app, self.secret, self._append, backend, limits)
+        return self.edge
 
     async def _vouch(self, loaded: Loaded) -> None:
         """Answer under the weights of the model's folder, if they do as its canaries say; there will be no swap."""
@@ -392,13 +394,22 @@ class Policy:
             open_for = time.time() - self.swapping_since
             if open_for > self.settings.swap_timeout_seconds:
                 raise RuntimeError(f"a weight swap has been open for {open_for:.0f} s on replica {self.replica_id}")
+        self._check_progress()
+
+    def _check_progress(self) -> None:
+        """Raise when a call waits for something that hangs."""
         at_work = self.engine.output_processor.has_unfinished_requests()
-        stalled = self.load.stalled(at_work and not self.asleep and self.swapping_since is None)
-        if stalled > self.settings.stall_seconds:
-            raise RuntimeError(
-                f"the engine of replica {self.replica_id} has calls and has made no step for {stalled:.0f} s; if one "
-                "may take that long, allow more by engine.stall_seconds"
-            )
+        swapping = self.asleep or self.swapping_since is not None
+        stalled = {
+            "its engine has calls and has made no step": self.load.stalled(at_work and not swapping),
+            "a call has not come to its engine": 0.0 if self.edge is None else self.edge.held_up(),
+        }
+        for what, seconds in stalled.items():
+            if seconds > self.settings.stall_seconds:
+                raise RuntimeError(
+                    f"replica {self.replica_id} hangs: {what} for {seconds:.0f} s; if that may take so long, allow "
+                    "more by engine.stall_seconds"
+                )
 
     def __del__(self) -> None:
         engine = getattr(self, "engine", None)

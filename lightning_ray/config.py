@@ -84,7 +84,8 @@ class EngineSettings(Settings):
     startup_timeout_seconds: float = Field(default=300.0, gt=0)
     swap_timeout_seconds: float = Field(default=120.0, gt=0)
     stall_seconds: float = Field(default=180.0, gt=0)
-    """For an engine with calls to make a step; a replica whose engine makes none is started anew."""
+    """For a call to come to the engine, and for an engine with calls to make a step; a replica that hangs so is started
+    anew."""
 
     @property
     def world_size(self) -> int:

@@ -14,7 +14,7 @@ from lightning_ray.capture.edge import Limits
 from lightning_ray.errors import InfrastructureError, StoreError
 from lightning_ray.semconv import CLIENT_SPAN
 from lightning_ray.traces.ids import to_header, trace_id_of
-from tests.capture_client import CHAT, Client, bearer, operator, respond, sampling
+from tests.capture_client import CHAT, App, Client, bearer, operator, respond, sampling
 
 AT = "/rollout/ro-1/attempt/at-1"
 
@@ -146,6 +146,27 @@ async def test_a_body_that_stays_away_is_not_waited_for(client: Client, monkeypa
     monkeypatch.setattr(edge, "BODY_SECONDS", 0.05)
     status, answer = await client.call(whole=False)
     assert status == 408 and b"nothing more of the request body came for 0.05 s" in answer and not client.app.scopes
+
+
+async def test_a_call_that_the_app_keeps_to_itself_is_told_from_one_at_the_engine_and_from_a_slow_reader() -> None:
+    go_on, reading = asyncio.Event(), asyncio.Event()
+
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        await go_on.wait()
+        await App()(scope, receive, send)
+
+    async def read(message: Any) -> None:
+        await reading.wait()
+
+    client = Client(slow)
+    call = asyncio.create_task(client.call(send=read))
+    await asyncio.sleep(0.05)
+    assert client.edge.held_up() >= 0.04
+    go_on.set()
+    await asyncio.sleep(0.05)
+    assert not call.done() and client.edge.held_up() == 0
+    reading.set()
+    assert (await call)[0] == 200 and client.edge.held_up() == 0
 
 
 async def test_errors_have_the_shape_that_the_client_reads(client: Client) -> None:

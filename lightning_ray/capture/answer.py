@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -55,6 +56,12 @@ class Answer:
     def unstored(self) -> bool:
         """Whether there are rows that are not known to be durable."""
         return bool(self._rows)
+
+    @property
+    def held_up(self) -> float:
+        """Seconds since the call came, if the app has neither brought it to the engine nor begun an answer; else 0."""
+        begun = self._began or self._request.running or self._request.sequences
+        return 0.0 if begun else time.time() - self._request.started
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Store these with the call's own."""

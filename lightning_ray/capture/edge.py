@@ -70,13 +70,13 @@ class CaptureEdge:
     def __init__(self, app: ASGIApp, secret: bytes, append: Append, backend: Backend, limits: Limits | None = None):
         self.app = app
         self.secret = secret
-        self.append = SharedAppend(append, lambda: self._calls)
+        self.append = SharedAppend(append, lambda: len(self._answers))
         self.backend = backend
         self.limits = limits or Limits()
         self._sent = SentCalls()
         self._at_once: Counter[tuple[str, str]] = Counter()
-        self._calls = 0
-        """At once, of all attempts."""
+        self._answers: set[Answer] = set()
+        """Of the calls at once, of all attempts."""
         self._images: OrderedDict[tuple[tuple[str, str], str], None] = OrderedDict()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -90,6 +90,10 @@ class CaptureEdge:
             await self._status(scope, send)
         else:
             await self._route(Address.of(as_sent(scope, given)), scope, receive, send)
+
+    def held_up(self) -> float:
+        """Seconds that the app has had a call which has neither come to the engine nor been answered; the longest."""
+        return max((answer.held_up for answer in self._answers), default=0.0)
 
     async def _status(self, scope: Scope, send: Send) -> None:
         try:
@@ -146,11 +150,11 @@ class CaptureEdge:
         answer = Answer(request, dialect, self.append, send, self.backend.version)
         answer.add(self._image_rows(request, images) + request.superseding(superseded))
         self._at_once[request.attempt] += 1
-        self._calls += 1
+        self._answers.add(answer)
         try:
             await self._answer(request, sent, answer, scope, replay(raw, receive, answer.hung_up))
         finally:
-            self._calls -= 1
+            self._answers.discard(answer)
             self._at_once[request.attempt] -= 1
             if not self._at_once[request.attempt]:
                 del self._at_once[request.attempt]
