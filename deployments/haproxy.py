@@ -42,8 +42,10 @@ done
 command -v setpriv > /dev/null && exec setpriv --pdeathsig USR1 {binary} "$@"
 exec {binary} "$@"
 """
-REQUEST_SECONDS, ANSWER_SECONDS = 60, 3600
-"""For a client to send its request, and for a replica to say the next thing of its answer."""
+IN_TIME = "timeout http-request 60s"
+"""For a client to send a request."""
+ANSWER_SECONDS = 3600
+"""For a replica to say the next thing of an answer."""
 PROXY_CHECK_SECONDS = 1
 """Between two looks at whether HAProxy is alive; after three without success it is started anew."""
 PROXY_START_SECONDS = 20
@@ -72,10 +74,9 @@ def haproxy_environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port("127.0.0.1")),
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(BUFFER_BYTES),
-        "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": f"hash '{KEY}'\n    hash-type consistent\n    {BUFFERED}",
+        "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": f"hash '{KEY}'\n    hash-type consistent\n    {BUFFERED}\n    {IN_TIME}",
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
         "RAY_SERVE_HAPROXY_RETRIES": "1",
-        "RAY_SERVE_HAPROXY_TIMEOUT_HTTP_REQUEST_S": str(REQUEST_SECONDS),
         "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": str(ANSWER_SECONDS),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": str(PROXY_CHECK_SECONDS),
