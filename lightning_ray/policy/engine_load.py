@@ -20,9 +20,10 @@ class EngineLoad:
 
     def note(self, stats: Any) -> None:
         """Take over vLLM's SchedulerStats, which each step has."""
-        self._stepped = time.monotonic()
         self.running = stats.num_running_reqs
         self.waiting = stats.num_waiting_reqs + stats.num_skipped_waiting_reqs
+        if self.running or not self.waiting:  # else it goes round and round without getting to anything
+            self._stepped = time.monotonic()
         self.cache_use = stats.kv_cache_usage
 
     def stalled(self, at_work: bool) -> float:

@@ -10,7 +10,11 @@ import pytest
 
 from lightning_ray.policy.engine_load import EngineLoad
 
-STEP: Any = SimpleNamespace(num_running_reqs=2, num_waiting_reqs=1, num_skipped_waiting_reqs=1, kv_cache_usage=0.25)
+
+def step(running: int, waiting: int) -> Any:
+    return SimpleNamespace(
+        num_running_reqs=running, num_waiting_reqs=waiting, num_skipped_waiting_reqs=1, kv_cache_usage=0.25
+    )
 
 
 @pytest.fixture
@@ -28,8 +32,10 @@ def test_only_work_without_a_step_is_a_stall(clock: SimpleNamespace) -> None:
     assert load.stalled(at_work=True) == 5, "from when it was last seen idle"
     clock.now += 20
     assert load.stalled(at_work=True) == 25
-    load.note(STEP)
+    load.note(step(running=2, waiting=1))
     clock.now += 3
     assert load.stalled(at_work=True) == 3, "since its step"
+    load.note(step(running=0, waiting=1))
+    assert load.stalled(at_work=True) == 3, "a step that got to nothing"
     assert load.stalled(at_work=False) == 0
-    assert load.as_dict() == {"running": 2, "waiting": 2, "kv_cache_use": 0.25}
+    assert load.as_dict() == {"running": 0, "waiting": 2, "kv_cache_use": 0.25}
