@@ -39,6 +39,7 @@ from lightning_ray.policy.engine_load import EngineLoad
 from lightning_ray.policy.loaded import Loaded
 from lightning_ray.policy.phases import Phases
 from lightning_ray.policy.proof import CANARY, max_difference, unlike
+from lightning_ray.policy.stalls import StallWatch
 from lightning_ray.run.state import ONLY
 from lightning_ray.store.schema import spans_to_batch
 
@@ -82,6 +83,7 @@ class Policy:
         self.loaded = loaded
         self.loaded_diff: float | None = None
         self.load = EngineLoad()
+        self.stalls = StallWatch(self.load, settings.stall_seconds)
         tags = {"run": "", "policy": ONLY} if tags is None else tags
         self.metrics = ReplicaMetrics(tags, self.replica_id, lambda: {**self.describe(), **self.load.as_dict()})
         self._reporting: asyncio.Task[None] | None = None
@@ -379,7 +381,7 @@ class Policy:
         return {"replica_id": self.replica_id, "digests": await self.engine.collective_rpc("lightning_ray_digest")}
 
     async def check_health(self) -> None:
-        """Raise when the engine is dead or makes no step, or a swap is open past its deadline: Serve then restarts the
+        """Raise when the engine is dead or hangs, or a swap has been open past its deadline: Serve then restarts the
         replica.
 
         When the run is gone, its application is deleted.
@@ -394,22 +396,11 @@ class Policy:
             open_for = time.time() - self.swapping_since
             if open_for > self.settings.swap_timeout_seconds:
                 raise RuntimeError(f"a weight swap has been open for {open_for:.0f} s on replica {self.replica_id}")
-        self._check_progress()
-
-    def _check_progress(self) -> None:
-        """Raise when a call waits for something that hangs."""
         at_work = self.engine.output_processor.has_unfinished_requests()
-        swapping = self.asleep or self.swapping_since is not None
-        stalled = {
-            "its engine has calls and has made no step": self.load.stalled(at_work and not swapping),
-            "a call has not come to its engine": 0.0 if self.edge is None else self.edge.held_up(),
-        }
-        for what, seconds in stalled.items():
-            if seconds > self.settings.stall_seconds:
-                raise RuntimeError(
-                    f"replica {self.replica_id} hangs: {what} for {seconds:.0f} s; if that may take so long, allow "
-                    "more by engine.stall_seconds"
-                )
+        held_up = (
+            min(self.edge.held_up(), time.monotonic() - self.capture.reached) if self.edge and self.capture else 0.0
+        )
+        self.stalls.check(at_work, self.asleep or self.swapping_since is not None, held_up)
 
     def __del__(self) -> None:
         engine = getattr(self, "engine", None)

@@ -83,9 +83,8 @@ class EngineSettings(Settings):
     default 1e-4, and 0.5 in bfloat16, where whole weights of one worker are compared by their bits besides."""
     startup_timeout_seconds: float = Field(default=300.0, gt=0)
     swap_timeout_seconds: float = Field(default=120.0, gt=0)
-    stall_seconds: float = Field(default=180.0, gt=0)
-    """For a call to come to the engine, and for an engine with calls to make a step; a replica that hangs so is started
-    anew."""
+    stall_seconds: float = Field(default=300.0, gt=0)
+    """For a replica with calls to make some progress, be it a single step of its engine; else it is started anew."""
 
     @property
     def world_size(self) -> int:

@@ -82,6 +82,7 @@ def test_an_answer_outside_of_its_call_cannot_be_captured() -> None:
         (400, "invalid_request_error"),
         (401, "authentication_error"),
         (404, "not_found_error"),
+        (408, "timeout_error"),
         (413, "request_too_large"),
         (429, "rate_limit_error"),
         (503, "api_error"),

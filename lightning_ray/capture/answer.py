@@ -47,7 +47,8 @@ class Answer:
         self._rows: list[dict[str, Any]] = []
         """Rows that are not known to be durable; resending one stores it once, by its span id."""
         self._storing: asyncio.Task[None] | None = None
-        self._began = False
+        self._came = time.monotonic()
+        self._began = self._ended = False
         self._refused = False
         self._left = False
         request.ended = self._begin_storing
@@ -59,9 +60,8 @@ class Answer:
 
     @property
     def held_up(self) -> float:
-        """Seconds since the call came, if the app has neither brought it to the engine nor begun an answer; else 0."""
-        begun = self._began or self._request.running or self._request.sequences
-        return 0.0 if begun else time.time() - self._request.started
+        """Seconds that the app has had the call, if it has neither brought it to the engine nor answered; else 0."""
+        return 0.0 if self._began or self._ended or self._request.at_engine else time.monotonic() - self._came
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Store these with the call's own."""
@@ -104,6 +104,7 @@ class Answer:
 
     async def end(self) -> None:
         """The app is done, or the client hung up: then what was sampled until now is stored."""
+        self._ended = True
         self._request.hung_up |= not self.delivered
         self._request.settle()
         if not self._refused:

@@ -116,6 +116,8 @@ class CapturedRequest:
     """Calls of the engine at work, each with what moves its sequences to ``sequences`` and itself out of here."""
     ended: Callable[[], None] | None = None
     """Called when the last of the engine's calls has ended."""
+    at_engine: bool = False
+    """Whether it has come to the engine."""
     hung_up: bool = False
     """Whether its client went away before the answer was out; the app may answer nobody nevertheless."""
     taken: int = 0

@@ -71,6 +71,8 @@ class CapturedEngine:
         self._process_outputs = engine.output_processor.process_outputs
         self._running: dict[str, RunningCall] = {}
         self._serial = itertools.count()
+        self.reached = time.monotonic()
+        """When a call last came to it."""
         engine.generate = self.generate
         engine.output_processor.process_outputs = self._take_and_process
 
@@ -83,6 +85,7 @@ class CapturedEngine:
             async for output in self._generate(prompt, sampling_params, request_id, **options):
                 yield output
             return
+        request.at_engine, self.reached = True, time.monotonic()
         sampling_params, hides = prepare(sampling_params, request)
         prompt, restored = await self._restored(request, prompt, sampling_params)
         # Clients may choose request ids, and choose the same one twice.

@@ -1,5 +1,5 @@
-"""How busy the engine is: running and waiting requests and the share of its cache in use, as of its last step; and
-whether it makes steps at all.
+"""How busy the engine is: running and waiting requests and the share of its cache in use, as of its last step; and when
+it last got on.
 """
 
 from __future__ import annotations
@@ -16,22 +16,16 @@ class EngineLoad:
         self.running = 0
         self.waiting = 0
         self.cache_use = 0.0
-        self._stepped = self._free = time.monotonic()
+        self.got_on = time.monotonic()
+        """When a step last had outputs, or requests at work, or none to work on."""
 
-    def note(self, stats: Any) -> None:
-        """Take over vLLM's SchedulerStats, which each step has."""
+    def note(self, stats: Any, outputs: bool = False) -> None:
+        """Take over vLLM's SchedulerStats, which each step has; ``outputs`` tells whether it had some."""
         self.running = stats.num_running_reqs
         self.waiting = stats.num_waiting_reqs + stats.num_skipped_waiting_reqs
-        if self.running or not self.waiting:  # else it goes round and round without getting to anything
-            self._stepped = time.monotonic()
         self.cache_use = stats.kv_cache_usage
-
-    def stalled(self, at_work: bool) -> float:
-        """Seconds that it has made no step though there was work whenever this was asked, as ``at_work`` tells now."""
-        now = time.monotonic()
-        if not at_work:
-            self._free = now
-        return now - max(self._stepped, self._free)
+        if outputs or self.running or not self.waiting:  # else it goes round and round without getting to anything
+            self.got_on = time.monotonic()
 
     def as_dict(self) -> dict[str, Any]:
         """For the status."""
@@ -49,7 +43,7 @@ class EngineLoad:
 
             def record(self, scheduler_stats: Any, iteration_stats: Any, *args: Any, **kwargs: Any) -> None:
                 if scheduler_stats is not None:
-                    load.note(scheduler_stats)
+                    load.note(scheduler_stats, iteration_stats is not None)
 
             def log_engine_initialized(self) -> None:
                 pass

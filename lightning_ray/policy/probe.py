@@ -34,7 +34,7 @@ def output_probe(output: torch.Tensor) -> Probe:
 def tensor_probe(tensor: torch.Tensor) -> Probe:
     """The probe of a parameter in checkpoint form."""
     full = tensor.detach().float().cpu()
-    return output_probe(full @ inputs_of(full.shape[-1]) if full.ndim == 2 else full)
+    return output_probe(full @ inputs_of(full.shape[-1]) if full.ndim >= 2 else full)
 
 
 def trainer_probes(weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, Probe]:

@@ -83,6 +83,8 @@ def test_equal_weights_differ_in_nothing() -> None:
         ({"model.norm.weight": [0.0, NAN]}, {"model.norm.weight": 1}),
         ({"model.layers.7.extra.weight": [0.0, 0.0]}, {"model.layers.*.extra.weight": 1}),
         ({"lm_head.weight": [1.0, -1.0]}, {TIED: 1}),
+        ({"model.layers.0.k_proj.bias": [0.0, 0.0]}, {}),
+        ({"model.layers.0.k_proj.bias": [0.0, 0.1]}, {"model.layers.*.k_proj.bias": 1}),
     ],
 )
 def test_what_differs_is_named_by_its_kind(change: dict[str, list[float]], kinds: dict[str, int]) -> None:
