@@ -58,6 +58,7 @@ async def run(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Run]:
 class Attempt:
     """One attempt and what its agent heard: the ids of each answer."""
 
+    run: Run
     rollout_id: str
     attempt_id: str
     client: openai.AsyncOpenAI
@@ -65,12 +66,16 @@ class Attempt:
 
     async def call(self) -> None:
         """One call, which no SDK sends again."""
-        answer: Any = await self.client.chat.completions.create(
-            model="policy",
-            messages=[{"role": "user", "content": "w1 w2"}],
-            max_tokens=24,
-            extra_body={"return_token_ids": True, "ignore_eos": True},
-        )
+        try:
+            answer: Any = await self.client.chat.completions.create(
+                model="policy",
+                messages=[{"role": "user", "content": "w1 w2"}],
+                max_tokens=24,
+                extra_body={"return_token_ids": True, "ignore_eos": True},
+            )
+        except openai.APITimeoutError as error:
+            error.add_note(f"{await self.run.cluster.replicas('status')}\n{await haproxy(self.run, 'show sess all')}")
+            raise
         self.heard.append(answer.choices[0].token_ids)
 
     async def call_by_key_alone(self) -> None:
@@ -88,19 +93,25 @@ async def begin(run: Run) -> Attempt:
     assert resources is not None
     llm: Any = resources.resources["main_llm"]
     key = issue_key(run.cluster.secret, Claims(*ids, time.time() + 600))
-    return Attempt(*ids, openai.AsyncOpenAI(base_url=llm.get_base_url(*ids), api_key=key, max_retries=0))
+    return Attempt(run, *ids, openai.AsyncOpenAI(base_url=llm.get_base_url(*ids), api_key=key, max_retries=0))
+
+
+async def haproxy(run: Run, commands: str) -> str:
+    """What HAProxy answers to commands."""
+    assert run.cluster._own is not None
+    [admin] = (run.cluster._own.path / "haproxy").glob("*/admin.sock")
+    reader, writer = await asyncio.open_unix_connection(admin)
+    writer.write(f"{commands}\n".encode())
+    answer = (await reader.read()).decode()
+    writer.close()
+    return answer
 
 
 async def given(run: Run) -> tuple[str, Counter[str]]:
     """How many calls HAProxy has given to each replica, and its process: a new one, as Serve starts when it hears of
     replicas, counts from 0.
     """
-    assert run.cluster._own is not None
-    [admin] = (run.cluster._own.path / "haproxy").glob("*/admin.sock")
-    reader, writer = await asyncio.open_unix_connection(admin)
-    writer.write(b"show info;show stat\n")
-    info, _, statistics = (await reader.read()).decode().partition("# ")
-    writer.close()
+    info, _, statistics = (await haproxy(run, "show info;show stat")).partition("# ")
     [process] = [line for line in info.splitlines() if line.startswith("Pid:")]
     rows = [row for row in csv.DictReader(statistics.splitlines()) if row["svname"] not in ("FRONTEND", "BACKEND")]
     return process, Counter({row["svname"]: int(row["stot"]) for row in rows if row["stot"]})
