@@ -101,3 +101,18 @@ def test_a_door_that_knows_no_application_yet_cannot_answer_and_ends_with_its_ke
     finally:
         door.kill_keeper()
         assert door.has_ended()
+
+
+def test_two_runs_of_a_machine_share_no_port(tmp_path: Path) -> None:
+    from ray.serve._private import constants
+
+    fixed = {
+        name
+        for name in vars(constants)
+        if name.startswith("RAY_SERVE_") and name.endswith("_PORT") and isinstance(getattr(constants, name), int)
+    }
+    ranges = {name for name in fixed if "_MIN_" in name or "_MAX_" in name}
+    first, second = (haproxy_environment(tmp_path / name) for name in ("one", "two"))
+    assert fixed - ranges <= first.keys(), "Serve would listen there in every run"
+    ports = [each[name] for each in (first, second) for name in each if name.endswith("_PORT")]
+    assert len(set(ports)) == len(ports) > 6
