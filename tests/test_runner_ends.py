@@ -449,3 +449,10 @@ def test_last_words_leave_out_what_is_of_no_use() -> None:
         *(f'File "x.py", line {n} in f' for n in range(4)),
     ]
     assert last_words("") == ""
+
+
+def test_why_a_replica_is_ended_is_its_last_word_whatever_serve_writes_after_it() -> None:
+    why = "Health check failed: the replica hangs"
+    later = [f"line {number}" for number in range(40)]
+    assert last_words("\n".join(["before", why, *later[:20], f"{why} still", *later[20:30]])) == f"{why} still"
+    assert last_words("\n".join([why, *later])).split(" | ") == later[-8:], "that was long ago"

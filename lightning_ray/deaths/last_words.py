@@ -8,6 +8,8 @@ LINES = 8
 FRAMES = 4
 """Kept of the stack that Python's fault handler writes."""
 CHARACTERS = 800
+FAILED_CHECK = "Health check failed: "
+"""How the line begins in which a replica says why Serve is to end it, which takes its time and more lines for that."""
 _FATAL = "Fatal Python error: "
 _NOISE = re.compile(r"^(:actor_name:|:job_id:|:task_name:|Extension modules: |\s*$)")
 
@@ -17,7 +19,8 @@ def last_words(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if not _NOISE.match(line)]
     fatal = next((place for place in reversed(range(len(lines))) if lines[place].startswith(_FATAL)), None)
     if fatal is None:
-        kept = lines[-LINES:]
+        failed = [line for line in lines[-4 * LINES :] if line.startswith(FAILED_CHECK)]
+        kept = failed[-1:] or lines[-LINES:]
     else:
         frames = [line for line in lines[fatal + 1 :] if line.startswith("File ")][:FRAMES]
         kept = [*lines[max(0, fatal - LINES) : fatal + 1], *frames]

@@ -6,7 +6,9 @@ Real Ray, Serve, vLLM in a process of its own, and a trainer rank.
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
+from typing import Any
 
 import psutil
 import pytest
@@ -40,6 +42,11 @@ async def run(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Run]:
         await run.close()
 
 
+def events(run: Run) -> list[dict[str, Any]]:
+    path = run.folder.path / "events.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 async def test_a_call_to_an_engine_that_hangs_is_answered_by_its_successor(run: Run) -> None:
     [before] = await run.cluster.replicas("describe")
     [engine] = [child for child in psutil.Process(before["pid"]).children() if "EngineCore" in child.name()]
@@ -48,6 +55,11 @@ async def test_a_call_to_an_engine_that_hangs_is_answered_by_its_successor(run: 
     assert [episode.rollout.status for episode in episodes] == ["succeeded"] * 2
     [after] = await run.cluster.replicas("describe")
     assert after["pid"] != before["pid"] and after["proved"]
+    async with asyncio.timeout(30):
+        while not (deaths := [event for event in events(run) if event["kind"] == "death"]):
+            await asyncio.sleep(0.1)
+    assert [death["role"] for death in deaths] == ["policy replica"]
+    assert "the replica hangs: its engine has not got on with its calls" in deaths[0]["cause"]
     async with asyncio.timeout(30):
         while psutil.pid_exists(engine.pid):
             await asyncio.sleep(0.1)
