@@ -149,21 +149,24 @@ async def test_a_body_that_stays_away_is_not_waited_for(client: Client, monkeypa
 
 
 async def test_a_call_that_the_app_keeps_to_itself_is_told_from_one_at_the_engine_and_from_a_slow_reader() -> None:
-    go_on, reading = asyncio.Event(), asyncio.Event()
+    came, go_on, answered, reading = (asyncio.Event() for _ in range(4))
 
     async def slow(scope: Any, receive: Any, send: Any) -> None:
+        came.set()
         await go_on.wait()
         await App()(scope, receive, send)
 
     async def read(message: Any) -> None:
+        answered.set()
         await reading.wait()
 
     client = Client(slow)
     call = asyncio.create_task(client.call(send=read))
+    await asyncio.wait_for(came.wait(), 10)
     await asyncio.sleep(0.05)
     assert client.edge.held_up() >= 0.04
     go_on.set()
-    await asyncio.sleep(0.05)
+    await asyncio.wait_for(answered.wait(), 10)
     assert not call.done() and client.edge.held_up() == 0
     reading.set()
     assert (await call)[0] == 200 and client.edge.held_up() == 0

@@ -11,17 +11,14 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from rich.console import Console
 
 from lightning_ray.algorithms.grpo import GRPO
-from lightning_ray.cluster import Cluster
 from lightning_ray.config import EngineSettings, RunnerSettings
 from lightning_ray.errors import SwapError
-from lightning_ray.progress import Reporter
-from lightning_ray.run.folder import RunFolder
 from lightning_ray.run.run import Run
 from lightning_ray.trajectories.account import batch_of, settle
-from tests.e2e.tiny import make_tiny_model, two_turns
+from tests.e2e.started import started
+from tests.e2e.tiny import make_tiny_model
 
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module")]
 TASKS = [{"question": f"w{i} w{i + 1}", "length": 8} for i in range(4)]
@@ -29,20 +26,14 @@ TASKS = [{"question": f"w{i} w{i + 1}", "length": 8} for i in range(4)]
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=[("object", "own"), ("gloo", "replica")])
 async def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Run]:
-    folder = RunFolder(tmp_path_factory.mktemp("runs") / "coarse")
-    folder.create(resume=False)
     transfer, process = request.param
     engine = EngineSettings(
         dtype="bfloat16", transfer=transfer, process=process, max_model_len=128, kv_cache_memory_mb=16
     )
     settings = GRPO(model=make_tiny_model, ranks=1, learning_rate=1e-5, warmup_steps=0, engine=engine)
     runners = RunnerSettings(minimum=1, maximum=1, concurrency=32)
-    run = Run(folder, Reporter(Console(quiet=True)), Cluster(), two_turns, {"train": TASKS}, runners, False)
-    try:
-        await run.start(settings)
+    async with started(tmp_path_factory.mktemp("runs") / "coarse", settings, TASKS, runners) as run:
         yield run
-    finally:
-        await run.close()
 
 
 async def update(run: Run) -> dict[str, Any]:

@@ -17,21 +17,18 @@ import pyarrow.compute as pc
 import pytest
 import pytest_asyncio
 import ray
-from rich.console import Console
 
 from lightning_ray.algorithms.grpo import GRPO
 from lightning_ray.capture.keys import Claims, issue_key
-from lightning_ray.cluster import Cluster
 from lightning_ray.config import EngineSettings, RunnerSettings
 from lightning_ray.errors import SwapError
 from lightning_ray.policy.transfer import canaries_of
-from lightning_ray.progress import Reporter
-from lightning_ray.run.folder import RunFolder
 from lightning_ray.run.run import Run
 from lightning_ray.store import StoreClient
 from lightning_ray.trajectories.account import batch_of, settle
 from lightning_ray.trajectories.episode import Episode
-from tests.e2e.tiny import make_tiny_model, two_turns
+from tests.e2e.started import started
+from tests.e2e.tiny import make_tiny_model
 
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module")]
 TOLERANCE = 1e-4
@@ -41,8 +38,6 @@ TASKS = [{"question": f"w{i} w{i + 1}", "length": 8} for i in range(6)]
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def run(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Run]:
-    folder = RunFolder(tmp_path_factory.mktemp("runs") / "exact")
-    folder.create(resume=False)
     settings = GRPO(
         model=make_tiny_model,
         ranks=2,
@@ -50,13 +45,8 @@ async def run(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Run]:
         warmup_steps=0,
         engine=EngineSettings(replicas=2, max_model_len=128, kv_cache_memory_mb=16),
     )
-    reporter = Reporter(Console(quiet=True))
-    run = Run(folder, reporter, Cluster(), two_turns, {"train": TASKS}, RUNNERS, False)
-    try:
-        await run.start(settings)
+    async with started(tmp_path_factory.mktemp("runs") / "exact", settings, TASKS, RUNNERS) as run:
         yield run
-    finally:
-        await run.close()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -20,16 +20,13 @@ import anthropic
 import openai
 import pytest
 import pytest_asyncio
-from rich.console import Console
 
 from lightning_ray.algorithms.grpo import GRPO
 from lightning_ray.capture.keys import Claims, issue_key
-from lightning_ray.cluster import Cluster
 from lightning_ray.config import EngineSettings, RunnerSettings
-from lightning_ray.progress import Reporter
-from lightning_ray.run.folder import RunFolder
 from lightning_ray.run.run import Run
-from tests.e2e.tiny import make_tiny_model, two_turns
+from tests.e2e.started import started
+from tests.e2e.tiny import make_tiny_model
 
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module")]
 TASKS = [{"question": "w1 w2", "length": 8}]
@@ -41,17 +38,10 @@ BACK_SECONDS = 120.0
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def run(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Run]:
-    folder = RunFolder(tmp_path_factory.mktemp("runs") / "replicas")
-    folder.create(resume=False)
     engine = EngineSettings(replicas=2, max_model_len=128, kv_cache_memory_mb=16)
     settings = GRPO(model=make_tiny_model, ranks=1, engine=engine)
-    reporter = Reporter(Console(quiet=True))
-    run = Run(folder, reporter, Cluster(), two_turns, {"train": TASKS}, RunnerSettings(), False)
-    try:
-        await run.start(settings)
+    async with started(tmp_path_factory.mktemp("runs") / "replicas", settings, TASKS, RunnerSettings()) as run:
         yield run
-    finally:
-        await run.close()
 
 
 @dataclass

@@ -6,22 +6,18 @@ Real Ray, Serve, vLLM in a process of its own, and a trainer rank.
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator
-from typing import Any
 
 import psutil
 import pytest
 import pytest_asyncio
-from rich.console import Console
 
 from lightning_ray.algorithms.grpo import GRPO
-from lightning_ray.cluster import Cluster
 from lightning_ray.config import EngineSettings, RunnerSettings
-from lightning_ray.progress import Reporter
-from lightning_ray.run.folder import RunFolder
+from lightning_ray.run.events import read_events
 from lightning_ray.run.run import Run
-from tests.e2e.tiny import make_tiny_model, two_turns
+from tests.e2e.started import started
+from tests.e2e.tiny import make_tiny_model
 
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module")]
 TASKS = [{"question": "w1 w2", "length": 8}]
@@ -29,22 +25,11 @@ TASKS = [{"question": "w1 w2", "length": 8}]
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def run(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Run]:
-    folder = RunFolder(tmp_path_factory.mktemp("runs") / "stalled")
-    folder.create(resume=False)
     engine = EngineSettings(process="own", stall_seconds=5, max_model_len=128, kv_cache_memory_mb=16)
     settings = GRPO(model=make_tiny_model, ranks=1, engine=engine)
     runners = RunnerSettings(minimum=1, maximum=1, concurrency=4)
-    run = Run(folder, Reporter(Console(quiet=True)), Cluster(), two_turns, {"train": TASKS}, runners, False)
-    try:
-        await run.start(settings)
+    async with started(tmp_path_factory.mktemp("runs") / "stalled", settings, TASKS, runners) as run:
         yield run
-    finally:
-        await run.close()
-
-
-def events(run: Run) -> list[dict[str, Any]]:
-    path = run.folder.path / "events.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 async def test_a_call_to_an_engine_that_hangs_is_answered_by_its_successor(run: Run) -> None:
@@ -56,7 +41,7 @@ async def test_a_call_to_an_engine_that_hangs_is_answered_by_its_successor(run: 
     [after] = await run.cluster.replicas("describe")
     assert after["pid"] != before["pid"] and after["proved"]
     async with asyncio.timeout(30):
-        while not (deaths := [event for event in events(run) if event["kind"] == "death"]):
+        while not (deaths := [event for event in read_events(run.folder.path) if event["kind"] == "death"]):
             await asyncio.sleep(0.1)
     assert [death["role"] for death in deaths] == ["policy replica"]
     assert "the replica hangs: its engine has not got on with its calls" in deaths[0]["cause"]

@@ -15,18 +15,15 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from rich.console import Console
 
 from lightning_ray.algorithms.grpo import GRPO
-from lightning_ray.cluster import Cluster
 from lightning_ray.config import EngineSettings, RunnerSettings
 from lightning_ray.errors import TrainersLostError
 from lightning_ray.policy import transfer
-from lightning_ray.progress import Reporter
 from lightning_ray.run.events import read_events
-from lightning_ray.run.folder import RunFolder
 from lightning_ray.run.run import Run
-from tests.e2e.tiny import make_tiny_model, two_turns
+from tests.e2e.started import started
+from tests.e2e.tiny import make_tiny_model
 
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module")]
 TASKS = [{"question": "w1 w2", "length": 6}]
@@ -34,19 +31,13 @@ TASKS = [{"question": "w1 w2", "length": 6}]
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def run(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Run]:
-    folder = RunFolder(tmp_path_factory.mktemp("runs") / "faults")
-    folder.create(resume=False)
     engine = EngineSettings(replicas=2, max_model_len=128, kv_cache_memory_mb=16)
     settings = GRPO(model=make_tiny_model, ranks=1, engine=engine)
     runners = RunnerSettings(minimum=1, maximum=1, concurrency=8)
-    run = Run(folder, Reporter(Console(quiet=True)), Cluster(), two_turns, {"train": TASKS}, runners, False)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(transfer, "CHUNK_BYTES", 40_000)
-            await run.start(settings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transfer, "CHUNK_BYTES", 40_000)
+        async with started(tmp_path_factory.mktemp("runs") / "faults", settings, TASKS, runners) as run:
             yield run
-    finally:
-        await run.close()
 
 
 async def at_rank_0(run: Run, change: Callable[[Any], None]) -> None:
