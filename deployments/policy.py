@@ -179,9 +179,9 @@ class Policy:
         return None
 
     async def status(self) -> dict[str, Any]:
-        """``describe``, how busy the engine is, and the latest swaps."""
-        load = self.load.as_dict()
-        return {**self.describe(), **load, "swapping_since": self.swapping_since, "swaps": list(self.swaps)}
+        """``describe``, how busy the engine is, the calls at work, and the latest swaps."""
+        busy = self.load.as_dict() | (self.edge.calls() if self.edge else {})
+        return {**self.describe(), **busy, "swapping_since": self.swapping_since, "swaps": list(self.swaps)}
 
     # Control: called through the deployment handle, by broadcast.
 

@@ -161,15 +161,19 @@ async def test_a_call_that_the_app_keeps_to_itself_is_told_from_one_at_the_engin
         await reading.wait()
 
     client = Client(slow)
+    assert client.edge.calls() == {"calls": 0, "oldest_call": None}
     call = asyncio.create_task(client.call(send=read))
     await asyncio.wait_for(came.wait(), 10)
     await asyncio.sleep(0.05)
     assert client.edge.held_up() >= 0.04
+    oldest = client.edge.calls()["oldest_call"]
+    assert oldest["stage"] == "on its way to the engine" and oldest["seconds"] > 0
     go_on.set()
     await asyncio.wait_for(answered.wait(), 10)
     assert not call.done() and client.edge.held_up() == 0
+    assert client.edge.calls()["calls"] == 1 and client.edge.calls()["oldest_call"]["stage"] == "going out"
     reading.set()
-    assert (await call)[0] == 200 and client.edge.held_up() == 0
+    assert (await call)[0] == 200 and client.edge.held_up() == 0 and client.edge.calls()["calls"] == 0
 
 
 async def test_errors_have_the_shape_that_the_client_reads(client: Client) -> None:

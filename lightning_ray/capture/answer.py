@@ -63,6 +63,18 @@ class Answer:
         """Seconds that the app has had the call, if it has neither brought it to the engine nor answered; else 0."""
         return 0.0 if self._began or self._ended or self._request.at_engine else time.monotonic() - self._came
 
+    @property
+    def progress(self) -> dict[str, Any]:
+        """How far the call has come, and for how many seconds it has been at work."""
+        if self._request.running:
+            stage = "in the engine"
+        elif not self._request.at_engine and not self._began:
+            stage = "on its way to the engine"
+        else:
+            stage = "being stored" if self._storing is not None else "going out"
+        seconds = round(time.monotonic() - self._came, 1)
+        return {"attempt": self._request.caller.attempt_id, "stage": stage, "seconds": seconds}
+
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Store these with the call's own."""
         self._rows += rows

@@ -95,6 +95,11 @@ class CaptureEdge:
         """Seconds that the app has had a call which has neither come to the engine nor been answered; the longest."""
         return max((answer.held_up for answer in self._answers), default=0.0)
 
+    def calls(self) -> dict[str, Any]:
+        """How many calls are at work, and how far the oldest has come."""
+        every = [answer.progress for answer in self._answers]
+        return {"calls": len(every), "oldest_call": max(every, key=lambda call: call["seconds"], default=None)}
+
     async def _status(self, scope: Scope, send: Send) -> None:
         try:
             open_operator_key(self.secret, key_of(scope["headers"]))
