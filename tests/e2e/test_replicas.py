@@ -122,7 +122,7 @@ async def whereabouts(run: Run) -> str:
     pids = {process.pid: process.name() for process in psutil.process_iter() if process.name() == "haproxy"}
     pids |= {os.getpid(): "test"}
     for end in psutil.net_connections("tcp"):
-        if end.pid in pids and end.status != psutil.CONN_LISTEN:
+        if end.pid in pids and end.laddr.ip == "127.0.0.1" and end.status != psutil.CONN_LISTEN:
             lines.append(f"{pids[end.pid]} {end.pid}: {end.laddr} {end.raddr} {end.status}")
     return "\n".join([*lines, await haproxy(run, "show sess")])
 
