@@ -111,4 +111,8 @@ def test_what_runners_and_replicas_are_at_is_told_in_a_line() -> None:
     assert replicas_at_work([{**replica, "swapping_since": time.time() - 9}]) == (
         "a1 3 calls running, 1 waiting, version 4, not proved, a swap open since 9 s"
     )
+    oldest = {"attempt": "at-1", "stage": "being stored", "seconds": 95.2}
+    assert replicas_at_work([{**replica, "swapping": False, "proved": True, "oldest_call": oldest}]) == (
+        "a1 3 calls running, 1 waiting, its oldest call being stored after 95 s, version 4"
+    )
     assert replicas_at_work([]) == "none is up"

@@ -132,5 +132,7 @@ def replicas_at_work(answers: Sequence[Mapping[str, Any]]) -> str:
         swap = f", a swap open since {now - since:.0f} s" if since else ", asleep" if each["swapping"] else ""
         proved = "" if each["proved"] else ", not proved"
         calls = f"{each['running']} calls running, {each['waiting']} waiting"
-        told.append(f"{each['replica_id']} {calls}, version {each['version']}{proved}{swap}")
+        call = each.get("oldest_call")
+        oldest = f", its oldest call {call['stage']} after {call['seconds']:.0f} s" if call else ""
+        told.append(f"{each['replica_id']} {calls}{oldest}, version {each['version']}{proved}{swap}")
     return "; ".join(told) or "none is up"
