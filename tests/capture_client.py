@@ -34,7 +34,7 @@ async def sampling(prompt: list[int], sampled: list[int]) -> AsyncIterator[None]
             request.sequences.append(SampledSequence(prompt, list(sampled), [-0.5] * count, [3] * count, finish))
             request.engine_ended()
 
-    request.running[name] = take_over
+    request.at_engine, request.running[name] = True, take_over
     try:
         yield
         ended = True

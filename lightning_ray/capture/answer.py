@@ -22,6 +22,8 @@ Send = Callable[[Message], Awaitable[None]]
 Append = Callable[[list[dict[str, Any]]], Awaitable[None]]
 
 VERSION_HEADER = b"x-lightning-weight-version"
+ON_ITS_WAY = "on its way to the engine"
+"""The stage of a call that the app has neither brought to the engine nor begun to answer."""
 
 logger = logging.getLogger(__name__)
 
@@ -59,21 +61,23 @@ class Answer:
         return bool(self._rows)
 
     @property
-    def held_up(self) -> float:
-        """Seconds that the app has had the call, if it has neither brought it to the engine nor answered; else 0."""
-        return 0.0 if self._began or self._ended or self._request.at_engine else time.monotonic() - self._came
+    def stage(self) -> str:
+        """How far the call has come."""
+        if not (self._began or self._ended or self._request.at_engine):
+            return ON_ITS_WAY
+        if self._request.running:
+            return "in the engine"
+        return "being stored" if self.unstored else "going out"
+
+    @property
+    def seconds(self) -> float:
+        """For how long the call has been at work."""
+        return time.monotonic() - self._came
 
     @property
     def progress(self) -> dict[str, Any]:
-        """How far the call has come, and for how many seconds it has been at work."""
-        if self._request.running:
-            stage = "in the engine"
-        elif not self._request.at_engine and not self._began:
-            stage = "on its way to the engine"
-        else:
-            stage = "being stored" if self._storing is not None else "going out"
-        seconds = round(time.monotonic() - self._came, 1)
-        return {"attempt": self._request.caller.attempt_id, "stage": stage, "seconds": seconds}
+        """Whose call it is, how far it has come, and in how many seconds."""
+        return {"attempt": self._request.caller.attempt_id, "stage": self.stage, "seconds": round(self.seconds, 1)}
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Store these with the call's own."""

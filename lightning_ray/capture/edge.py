@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from lightning_ray.capture.address import Address, Caller, identify, key_of
-from lightning_ray.capture.answer import Answer, Append, Message, Send
+from lightning_ray.capture.answer import ON_ITS_WAY, Answer, Append, Message, Send
 from lightning_ray.capture.append import SharedAppend
 from lightning_ray.capture.audience import POLICY
 from lightning_ray.capture.call import CapturedRequest, current_request
@@ -93,12 +93,12 @@ class CaptureEdge:
 
     def held_up(self) -> float:
         """Seconds that the app has had a call which has neither come to the engine nor been answered; the longest."""
-        return max((answer.held_up for answer in self._answers), default=0.0)
+        return max((answer.seconds for answer in self._answers if answer.stage == ON_ITS_WAY), default=0.0)
 
     def calls(self) -> dict[str, Any]:
         """How many calls are at work, and how far the oldest has come."""
-        every = [answer.progress for answer in self._answers]
-        return {"calls": len(every), "oldest_call": max(every, key=lambda call: call["seconds"], default=None)}
+        oldest = max(self._answers, key=lambda answer: answer.seconds, default=None)
+        return {"calls": len(self._answers), "oldest_call": oldest and oldest.progress}
 
     async def _status(self, scope: Scope, send: Send) -> None:
         try:
