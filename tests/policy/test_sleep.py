@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from deployments.policy import Policy
+from deployments.weights import Weights
 from lightning_ray.algorithms.grpo import GRPO
 from lightning_ray.config import EngineSettings, build
 from lightning_ray.errors import ConfigError
@@ -30,9 +29,6 @@ class Engine:
         for name in ("sleep", "wake_up", "resume_generation", "update_weight_version"):
             setattr(self, name, self._noting(name))
 
-    def shutdown(self) -> None:
-        """It is gone with its replica."""
-
     def _noting(self, name: str) -> Any:
         async def note(*args: Any, **options: Any) -> None:
             self.told.append((name, *args))
@@ -41,17 +37,14 @@ class Engine:
 
 
 def replica(**settings: Any) -> Any:
-    plain = Policy.func_or_class.__mro__[1]  # type: ignore[attr-defined]  # without Serve around it
-    policy: Any = object.__new__(plain)
+    policy: Any = Weights(EngineSettings(**SHARED, **settings))
     marked: list[int] = []
 
     async def flush() -> None:
         pass
 
     policy.capture = SimpleNamespace(flush=flush, proved=asyncio.Event(), mark_swap=marked.append, version=0)
-    policy.settings, policy.engine, policy.marked = EngineSettings(**SHARED, **settings), Engine(), marked
-    policy._asked = None
-    policy.asleep, policy.swapping_since, policy.swaps, policy.replica_id = False, None, deque(), "r"
+    policy.engine, policy.marked, policy.replica_id = Engine(), marked, "r"
     policy.capture.proved.set()
     return policy
 
