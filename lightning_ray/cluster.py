@@ -24,6 +24,7 @@ from lightning_ray.capture.audience import POLICY, one_of_several
 from lightning_ray.config import EngineSettings, RunnerSettings
 from lightning_ray.deaths import Death
 from lightning_ray.deaths.watch import DeathWatch
+from lightning_ray.dropped import forget_collected
 from lightning_ray.errors import ConfigError, InfrastructureError, last_line
 from lightning_ray.hooks import Hook
 from lightning_ray.mirror.place import url_of
@@ -119,6 +120,7 @@ class Cluster:
         from ray._private import auto_init_hook
 
         auto_init_hook.enable_auto_connect = False  # the same where ray was imported before
+        forget_collected()  # Serve's handles have an event loop of their own, beside that of the caller's clients
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "namespace": self._name}
         with sigterm_kept():
             if self.owned:
