@@ -14,9 +14,9 @@ async def agent(task: dict[str, Any], llm: lr.LLM) -> float:
     from agents import Agent, OpenAIResponsesModel, Runner, function_tool
     from openai import AsyncOpenAI
 
-    client = AsyncOpenAI(base_url=llm.endpoint, api_key=llm.api_key)
-    model = OpenAIResponsesModel(model=llm.model, openai_client=client)
-    reporter = Agent(name="reporter", model=model, instructions="Report.", tools=[function_tool(get_weather)])
-    planner = Agent(name="planner", model=model, instructions="Hand over.", handoffs=[reporter])
-    result = await Runner.run(planner, question(task))
+    async with AsyncOpenAI(base_url=llm.endpoint, api_key=llm.api_key) as client:
+        model = OpenAIResponsesModel(model=llm.model, openai_client=client)
+        reporter = Agent(name="reporter", model=model, instructions="Report.", tools=[function_tool(get_weather)])
+        planner = Agent(name="planner", model=model, instructions="Hand over.", handoffs=[reporter])
+        result = await Runner.run(planner, question(task))
     return reward(task, result.final_output)

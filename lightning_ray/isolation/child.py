@@ -18,6 +18,7 @@ import traceback
 from typing import Any
 
 from lightning_ray.agent import LitAgent, contained, name_of
+from lightning_ray.dropped import forget_collected
 from lightning_ray.emitter.exceptions import emit_exception
 from lightning_ray.errors import StoreError
 from lightning_ray.instrumentation import instrument_clients
@@ -115,6 +116,7 @@ def serve(line: Line) -> None:
 def main() -> None:
     """Take the line from standard input, and serve."""
     faulthandler.enable(all_threads=False)
+    forget_collected()  # a framework may have event loops of its own, beside that of the agent's clients
     connection = socket.socket(fileno=os.dup(0))
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
