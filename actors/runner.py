@@ -18,7 +18,6 @@ from actors.names import shown_name
 from lightning_ray.agent import LitAgent
 from lightning_ray.config import RunnerSettings
 from lightning_ray.deaths.process import Whereabouts, here
-from lightning_ray.dropped import forget_collected
 from lightning_ray.hooks import Hook
 from lightning_ray.loading import uncollected
 from lightning_ray.runner import Runner
@@ -35,7 +34,6 @@ class RunnerActor:
 
     def __init__(self, worker_id: str):
         faulthandler.enable(file=sys.stderr, all_threads=False)
-        forget_collected()  # the pool's questions have an event loop of their own, beside that of agents' clients
         self._worker_id = worker_id
         self._runner: Runner | None = None
         self._task: asyncio.Task[str] | None = None

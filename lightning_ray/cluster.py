@@ -120,7 +120,7 @@ class Cluster:
         from ray._private import auto_init_hook
 
         auto_init_hook.enable_auto_connect = False  # the same where ray was imported before
-        forget_collected()  # Serve's handles have an event loop of their own, beside that of the caller's clients
+        forget_collected()
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "namespace": self._name}
         with sigterm_kept():
             if self.owned:

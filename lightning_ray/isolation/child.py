@@ -101,6 +101,7 @@ def serve(line: Line) -> None:
     _, body = frames.read_frame(line.hear)
     try:
         agent = pickle.loads(body)
+        forget_collected()
         instrument_clients()
     except BaseException as error:
         words = traceback.format_exception_only(error)[-1].strip()
@@ -116,7 +117,6 @@ def serve(line: Line) -> None:
 def main() -> None:
     """Take the line from standard input, and serve."""
     faulthandler.enable(all_threads=False)
-    forget_collected()  # a framework may have event loops of its own, beside that of the agent's clients
     connection = socket.socket(fileno=os.dup(0))
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
