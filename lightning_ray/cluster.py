@@ -379,17 +379,6 @@ def plain_name(run: str) -> str:
     return re.sub(r"[^a-zA-Z0-9._-]+", "-", run).strip("-.") or "run"
 
 
-async def together(*work: Any) -> list[Any]:
-    """Await all; the first failure cancels the others and is raised as it is."""
-    tasks = [asyncio.ensure_future(each) for each in work]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
 def check_packages() -> None:
     """``actors`` and ``deployments`` must be ours. Raises ConfigError naming the path of a stranger."""
     import actors

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning_ray.agent import LitAgent
-from lightning_ray.dropped import forget_collected
 from lightning_ray.hooks import Hook, HookRunner
 from lightning_ray.instrumentation import instrument_clients
 from lightning_ray.running.calls import AgentCalls, CallsHere
@@ -104,7 +103,6 @@ class Runner:
 
     async def run(self) -> str:
         """Lease and play until drained; returns the reason. When cancelled, cancels what is being played."""
-        forget_collected()
         instrument_clients()
         watchdog = self._watchdog()
         background = [asyncio.create_task(work) for work in (self._beat(), self._export())]

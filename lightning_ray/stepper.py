@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from typing import Any, Generic, Protocol, TypeVar
 
 from lightning_ray.agent import LitAgent, contained
-from lightning_ray.dropped import forget_collected
 from lightning_ray.errors import AgentError, ConfigError
 from lightning_ray.hooks import Hook, HookRunner
 from lightning_ray.instrumentation import instrument_clients
@@ -71,7 +70,6 @@ class LitAgentRunner(ParallelWorkerBase, Generic[T]):
         """Take up an agent."""
         self._agent = agent
         self._hooks = HookRunner(hooks)
-        forget_collected()
         instrument_clients()
         agent.set_runner(self)  # type: ignore[arg-type]
 

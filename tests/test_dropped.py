@@ -8,12 +8,15 @@ import json
 import threading
 from asyncio import selector_events
 from collections.abc import AsyncIterator, Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import openai
 import pytest
 import pytest_asyncio
 
-from lightning_ray.dropped import forget_collected
+from lightning_ray.dropped import NO_SOCKET, forget_collected
+from lightning_ray.instrumentation import instrument_clients
 
 ANSWER = json.dumps({"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": []}).encode()
 HEAD = f"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {len(ANSWER)}\r\n\r\n".encode()
@@ -106,6 +109,14 @@ async def test_many_calls_are_answered_though_a_dropped_client_closes_as_many_co
         await asyncio.gather(*(client.chat.completions.create(model="slow", messages=[]) for _ in range(CONNECTIONS)))
         del client
         gc.collect()
+
+
+def test_what_prepares_a_process_for_agents_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selector_events._SelectorTransport, "__del__", lambda transport: None)  # type: ignore[attr-defined]
+    instrument_clients()
+    transport: Any = SimpleNamespace(_sock_fd=5)
+    selector_events._SelectorTransport.__del__(transport)  # type: ignore[attr-defined]
+    assert transport._sock_fd == NO_SOCKET
 
 
 def test_once_is_enough() -> None:

@@ -18,7 +18,6 @@ import traceback
 from typing import Any
 
 from lightning_ray.agent import LitAgent, contained, name_of
-from lightning_ray.dropped import forget_collected
 from lightning_ray.emitter.exceptions import emit_exception
 from lightning_ray.errors import StoreError
 from lightning_ray.instrumentation import instrument_clients
@@ -101,7 +100,6 @@ def serve(line: Line) -> None:
     _, body = frames.read_frame(line.hear)
     try:
         agent = pickle.loads(body)
-        forget_collected()
         instrument_clients()
     except BaseException as error:
         words = traceback.format_exception_only(error)[-1].strip()

@@ -21,7 +21,7 @@ import pyarrow as pa
 from lightning_ray.agent import LitAgent
 from lightning_ray.algorithms.source import Played
 from lightning_ray.algorithms.weights import WeightAlgorithm
-from lightning_ray.cluster import Cluster, together
+from lightning_ray.cluster import Cluster
 from lightning_ray.config import RunnerSettings
 from lightning_ray.evaluation import Evaluation
 from lightning_ray.hooks import Hook
@@ -43,6 +43,7 @@ from lightning_ray.run.trained_policy import TrainedPolicy
 from lightning_ray.stopping import Stop
 from lightning_ray.store.base import Store
 from lightning_ray.threads import in_thread
+from lightning_ray.together import together
 from lightning_ray.traces.training import StepTold, append_training_spans
 from lightning_ray.trackers import Choice, Trackers
 from lightning_ray.trajectories.account import Account

@@ -17,10 +17,11 @@ import numpy as np
 import pyarrow as pa
 
 from lightning_ray.algorithms.weights import WeightAlgorithm
-from lightning_ray.cluster import Cluster, together
+from lightning_ray.cluster import Cluster
 from lightning_ray.errors import SwapError, TrainersLostError
 from lightning_ray.policy.swap import PolicySwapper
 from lightning_ray.run.state import ONLY, PolicyState
+from lightning_ray.together import together
 from lightning_ray.trajectories.account import Account
 from lightning_ray.trajectories.episode import Episode
 from lightning_ray.types import ProxyLLM

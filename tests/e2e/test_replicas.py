@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import csv
+import gc
 import os
 import signal
 import time
@@ -21,6 +22,7 @@ import anthropic
 import openai
 import pytest
 import pytest_asyncio
+from ray.serve._private.router import SingletonThreadRouter
 
 from lightning_ray.algorithms.grpo import GRPO
 from lightning_ray.capture.keys import Claims, issue_key
@@ -34,6 +36,8 @@ TASKS = [{"question": "w1 w2", "length": 8}]
 AGENTS, CALLS = 40, 4
 PAUSE = 0.2
 """Seconds between two calls of an agent."""
+LONG = 100
+"""Tokens of a call that takes longer than such a pause."""
 BACK_SECONDS = 120.0
 AS_IT_IS: dict[str, Any] = {"max_retries": 0, "timeout": 60.0}
 """Settings of a client that hides nothing."""
@@ -56,12 +60,12 @@ class Attempt:
     client: openai.AsyncOpenAI
     heard: list[list[int]] = field(default_factory=list)
 
-    async def call(self) -> None:
+    async def call(self, tokens: int = 24) -> None:
         """One call, which no SDK sends again."""
         answer: Any = await self.client.chat.completions.create(
             model="policy",
             messages=[{"role": "user", "content": "w1 w2"}],
-            max_tokens=24,
+            max_tokens=tokens,
             extra_body={"return_token_ids": True, "ignore_eos": True},
         )
         self.heard.append(answer.choices[0].token_ids)
@@ -123,6 +127,23 @@ async def test_calls_of_one_attempt_go_to_one_replica_and_attempts_are_spread(ru
         assert list(to.values()) == [3], to
         used.update(to.keys())
     assert len(used) == 2 and min(used.values()) >= 2, used
+
+
+async def test_a_dropped_client_takes_no_call_along_when_serves_thread_collects_it(run: Run) -> None:
+    serves_loop = SingletonThreadRouter._asyncio_loop
+
+    def collect() -> None:
+        gc.collect()
+        time.sleep(1.3 * PAUSE)  # what finalizers want of this loop happens while another call is at work
+
+    for _ in range(4):
+        async with attempt_of(run) as attempt:
+            dropped = openai.AsyncOpenAI(base_url=attempt.client.base_url, api_key=attempt.client.api_key, **AS_IT_IS)
+            await Attempt(attempt.rollout_id, attempt.attempt_id, dropped).call()
+            del dropped
+            serves_loop.call_soon_threadsafe(collect)
+            await asyncio.sleep(PAUSE)
+            await attempt.call(LONG)
 
 
 async def play(run: Run, attempts: list[Attempt], enough: asyncio.Event) -> None:

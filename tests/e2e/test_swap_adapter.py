@@ -19,7 +19,7 @@ import pytest_asyncio
 import ray
 
 from lightning_ray.capture.keys import Claims, issue_key
-from lightning_ray.cluster import Cluster, together
+from lightning_ray.cluster import Cluster
 from lightning_ray.config import EngineSettings
 from lightning_ray.policy.parts import LoraSettings
 from lightning_ray.policy.proof import differing_kinds
@@ -27,6 +27,7 @@ from lightning_ray.policy.settings import UpdateSettings
 from lightning_ray.policy.swap import PolicySwapper, Swap
 from lightning_ray.store.base import Store
 from lightning_ray.store.packing import unpack
+from lightning_ray.together import together
 from lightning_ray.types import ProxyLLM
 from tests.e2e.tiny import make_tiny_model
 

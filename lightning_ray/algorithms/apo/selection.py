@@ -13,7 +13,7 @@ from lightning_ray.algorithms.apo.candidates import Candidate, in_common
 from lightning_ray.algorithms.apo.scoring import Scorer
 from lightning_ray.algorithms.apo.state import SearchState
 from lightning_ray.algorithms.apo.writer import Writer
-from lightning_ray.cluster import together
+from lightning_ray.together import together
 from lightning_ray.types import Dataset
 
 if TYPE_CHECKING:
