@@ -176,7 +176,8 @@ def test_a_store_killed_at_any_moment_has_all_it_acknowledged_once(tmp_path: Pat
     acknowledged.check(store)
     before = content(store)
     store.close()
-    assert store.notes == []
+    # The last kill may have hit amid a write: of what was not acknowledged, that is told and dropped.
+    assert [note for note in store.notes if "of an unfinished record" not in note] == []
     assert list((tmp_path / "log").iterdir()) == []
     acknowledged.check(open_folder(tmp_path))
     assert content_of(tmp_path) == before
