@@ -1,7 +1,7 @@
-"""Answers as they compare: without what is their own, and streams with pieces of one kind put together.
+"""Answers as they compare: without what is their own, and streams with their pieces put together.
 
 vLLM itself joins tokens that its app had no time to take one by one, so that where a stream is cut depends on how busy
-the machine is.
+the machine is: a chat's piece may end the reasoning and begin, or even finish, a tool's call.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ OWN = ("id", "item_id", "call_id", "created", "created_at", "completed_at", "sig
 TEXTS = ("content", "reasoning", "text", "delta", "arguments", "thinking", "partial_json")
 LISTS = ("content", "tokens", "token_logprobs", "top_logprobs", "text_offset", "token_ids", "logprobs")
 """What streams tell piece by piece."""
-KINDS = ("content", "reasoning", "tool_calls")
-"""What a chat's piece is one of."""
+KINDS = ("reasoning", "content", "tool_calls")
+"""What a chat's piece tells of, in the order in which it is said."""
 
 
 class OtherKindError(Exception):
@@ -39,7 +39,7 @@ def events(text: str) -> list[Any]:
     for event in text.strip().split("\n\n"):
         fields = dict(line.split(": ", 1) for line in event.split("\n"))
         data = fields["data"]
-        found.append((fields.get("event"), data if data == "[DONE]" else plain(json.loads(data))))
+        found.append((fields.get("event"), data if data == "[DONE]" else _told(plain(json.loads(data)))))
     return joined(sorted(found, key=_choice))
 
 
@@ -56,15 +56,26 @@ def joined(pieces: list[Any]) -> list[Any]:
     return whole
 
 
+def _told(data: Any) -> Any:
+    """A chat's piece with the order of what it tells of, and its tools' calls by their number."""
+    if data.get("object") == "chat.completion.chunk":
+        for delta in [choice["delta"] for choice in data["choices"]]:
+            delta["order"] = [kind for kind in KINDS if delta.get(kind)]
+            calls: dict[int, Any] = {}
+            for call in delta.get("tool_calls") or ():
+                calls[call["index"]] = _join(calls.get(call["index"]), call)
+            delta["tool_calls"] = calls
+    return data
+
+
 def _join(a: Any, b: Any, key: str = "") -> Any:
     if a is None or b is None:
         return b if a is None else a
     if isinstance(a, dict) and isinstance(b, dict):
-        kinds = [[kind for kind in KINDS if value.get(kind)] for value in (a, b)]
-        if all(kinds) and kinds[0] != kinds[1]:
-            raise OtherKindError
         return {name: _join(a.get(name), b.get(name), name) for name in {**a, **b}}
     if isinstance(a, list) and isinstance(b, list):
+        if key == "order":
+            return a + b[1:] if a[-1:] == b[:1] else a + b
         if key in LISTS:
             return a + b
         if len(a) == len(b):

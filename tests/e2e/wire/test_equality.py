@@ -13,8 +13,6 @@ from tests.e2e.wire.served import MODEL, Served
 from tests.e2e.wire.streams import events, plain
 
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="session")]
-TRIES = 5
-"""Of a stream: a piece may join the end of the reasoning and what follows it."""
 
 
 def named(cases: list[Case]) -> Any:
@@ -38,12 +36,9 @@ async def test_an_answer_is_that_of_vllms_own_server(served: Served, reference: 
 
 @named(ANSWERED)
 async def test_a_stream_is_that_of_vllms_own_server(served: Served, reference: Reference, case: Case) -> None:
-    for _ in range(TRIES):
-        ours, theirs = await both(served, reference, case.path, full(case, stream=True))
-        assert (ours.status_code, theirs.status_code) == (200, 200), (ours.text, theirs.text)
-        assert ours.headers["content-type"] == theirs.headers["content-type"]
-        if events(ours.text) == events(theirs.text):
-            return
+    ours, theirs = await both(served, reference, case.path, full(case, stream=True))
+    assert (ours.status_code, theirs.status_code) == (200, 200), (ours.text, theirs.text)
+    assert ours.headers["content-type"] == theirs.headers["content-type"]
     assert events(ours.text) == events(theirs.text)
 
 
