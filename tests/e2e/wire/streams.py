@@ -16,6 +16,8 @@ LISTS = ("content", "tokens", "token_logprobs", "top_logprobs", "text_offset", "
 """What streams tell piece by piece."""
 KINDS = ("reasoning", "content", "tool_calls")
 """What a chat's piece tells of, in the order in which it is said."""
+MARKS = ("<think>", "</think>")
+"""Tokens that say nothing: a chat's stream has their chances only where one was joined with others."""
 
 
 class OtherKindError(Exception):
@@ -57,14 +59,17 @@ def joined(pieces: list[Any]) -> list[Any]:
 
 
 def _told(data: Any) -> Any:
-    """A chat's piece with the order of what it tells of, and its tools' calls by their number."""
-    if data.get("object") == "chat.completion.chunk":
-        for delta in [choice["delta"] for choice in data["choices"]]:
-            delta["order"] = [kind for kind in KINDS if delta.get(kind)]
-            calls: dict[int, Any] = {}
-            for call in delta.get("tool_calls") or ():
-                calls[call["index"]] = _join(calls.get(call["index"]), call)
-            delta["tool_calls"] = calls
+    """A chat's piece with the order of what it tells of, its tools' calls by their number and no marks' chances."""
+    choices = data["choices"] if data.get("object") == "chat.completion.chunk" else []
+    for choice in choices:
+        delta = choice["delta"]
+        delta["order"] = [kind for kind in KINDS if delta.get(kind)]
+        calls: dict[int, Any] = {}
+        for call in delta.get("tool_calls") or ():
+            calls[call["index"]] = _join(calls.get(call["index"]), call)
+        delta["tool_calls"] = calls
+        if chances := choice.get("logprobs"):
+            chances["content"] = [token for token in chances["content"] or () if token["token"] not in MARKS]
     return data
 
 
