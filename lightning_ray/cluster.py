@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_ray.agent import LitAgent
+from lightning_ray.applications import Applications
 from lightning_ray.capture.audience import POLICY, one_of_several
 from lightning_ray.config import EngineSettings, RunnerSettings
 from lightning_ray.deaths import Death
@@ -28,7 +29,6 @@ from lightning_ray.dropped import forget_collected
 from lightning_ray.errors import ConfigError, InfrastructureError, last_line
 from lightning_ray.hooks import Hook
 from lightning_ray.mirror.place import url_of
-from lightning_ray.net import free_port
 from lightning_ray.own_ray import OwnRay, check_apart
 from lightning_ray.placement.asks import Wanted
 from lightning_ray.placement.heard import check_heard
@@ -40,11 +40,11 @@ from lightning_ray.placement.view import look, nodes_now
 from lightning_ray.policy.loaded import Loaded
 from lightning_ray.policy.settings import UpdateSettings
 from lightning_ray.policy.swap import PolicySwapper
-from lightning_ray.policy.transfer import Replicas, transfer_of
+from lightning_ray.policy.transfer import transfer_of
 from lightning_ray.relay.settings import Upstream
 from lightning_ray.run.events import Events
 from lightning_ray.run.state import ONLY
-from lightning_ray.serving import answers_of, deployed, leave_serve, policy_options, serve_address, start_serve, within
+from lightning_ray.serving import leave_serve, policy_options
 from lightning_ray.stopping import sigterm_kept
 from lightning_ray.store.base import Store
 from lightning_ray.store.client import StoreClient
@@ -60,7 +60,6 @@ LOGICAL_CPUS = 16
 STOP_SECONDS = 8.0
 ASKED_SECONDS = 11.0
 """For what threads are asking Ray, before it is shut down: another node, why a part of it died."""
-RELAY_SECONDS = 120.0
 LEASE_SECONDS = 30.0
 """How long a runner may be silent (it beats every two seconds) before its rollouts are played elsewhere."""
 
@@ -93,15 +92,10 @@ class Cluster:
         self.runners: RunnerPool | None = None
         self.store: Store | None = None
         self._store_actors: list[Any] = []
-        self._applications: list[str] = []
-        """What in Serve is the run's, from when it is asked for."""
-        self._deployed: dict[str, Any] = {}
-        """Handles of the policies' deployments."""
-        self._swap_timeouts: dict[str, float] = {}
+        self.applications = Applications(self._name, alone=self.owned)
         self._trainers: dict[str, Any] = {}
         self._groups: Counter[str] = Counter()
         """How often each policy's trainer ranks were started."""
-        self._serving = asyncio.Lock()
         self._relays = dict(relays or {})
         self.failure: asyncio.Future[None] | None = None
         """Carries why the run cannot go on: runners that die again and again, or Ray itself."""
@@ -130,7 +124,7 @@ class Cluster:
             else:
                 self._join(options)
         self.failure = asyncio.get_running_loop().create_future()
-        self._deaths = DeathWatch(self.events.death, lambda: self._applications, self._ray_died)
+        self._deaths = DeathWatch(self.events.death, lambda: self.applications.names, self._ray_died)
         self._deaths.start()
 
     def _join(self, options: dict[str, Any]) -> None:
@@ -220,27 +214,13 @@ class Cluster:
         from deployments.policy import Policy
 
         options = policy_options(settings, self.places)
-        route = ("" if self.owned else f"/{self._name}") + ("" if name == ONLY else f"/policies/{name}")
         audience = POLICY if name == ONLY else one_of_several(name)
         tags = {"run": self.run, "policy": name}
-        served = self._name if name == ONLY else f"{self._name}-{name}"
-        self._applications.append(served)
         application = Policy.options(**options).bind(  # type: ignore[attr-defined]
             str(model), model_name, settings, self.store, self.secret, loaded, audience, tags
         )
-        await self._start_serve(settings)
-        what = f"the deployment of {'the policy' if name == ONLY else name} at {serve_address()}{route}"
-        seconds = settings.startup_timeout_seconds
-        self._deployed[name] = await deployed(application, served, route or "/", seconds, what)
-        self._swap_timeouts[name] = settings.swap_timeout_seconds
-        return ProxyLLM(endpoint=f"{serve_address()}{route}/v1", model=model_name)
-
-    async def _start_serve(self, settings: EngineSettings) -> None:
-        """Serve, with its HTTP where the first who asks wants it."""
-        async with self._serving:
-            port = settings.port or free_port(settings.host)
-            starting = ask_ray(start_serve, settings.host, port)
-            await within(starting, settings.startup_timeout_seconds, f"Ray Serve on port {port}")
+        address = await self.applications.policy(name, application, settings)
+        return ProxyLLM(endpoint=f"{address}/v1", model=model_name)
 
     async def start_relay(self) -> dict[str, ProxyLLM]:
         """Serve the relay, beside the policy or alone; returns the endpoints that agents use, by name."""
@@ -250,33 +230,15 @@ class Cluster:
 
         assert self.store is not None
         application = bind(self._relays, self.store, self.secret, self.run)
-        route = "/relay" if self.owned else f"/{self._name}-relay"
-        served = f"{self._name}-relay"
-        self._applications.append(served)
-        if not self._deployed:
-            await self._start_serve(EngineSettings(host=self.places.placement.relay_host))
-        await deployed(application, served, route, RELAY_SECONDS, "the relay deployment")
+        address = await self.applications.relay(application, self.places.placement.relay_host)
         return {
-            name: ProxyLLM(endpoint=f"{serve_address()}{route}/to/{name}/v1", model=upstream.model or name)
+            name: ProxyLLM(endpoint=f"{address}/to/{name}/v1", model=upstream.model or name)
             for name, upstream in self._relays.items()
         }
 
     async def replicas(self, method: str, *arguments: Any) -> list[Any]:
         """Call a control method on every live replica of the only policy."""
-        return await self.replicas_of(ONLY)(method, *arguments)
-
-    def serves(self, name: str) -> bool:
-        """Whether a policy's deployment is up."""
-        return name in self._deployed
-
-    def replicas_of(self, name: str) -> Replicas:
-        """Calls a control method on every live replica of a policy."""
-
-        async def call(method: str, *arguments: Any) -> list[Any]:
-            what = "the policy's replicas" if name == ONLY else f"{name}'s replicas"
-            return await answers_of(self._deployed[name], method, arguments, self._swap_timeouts[name], what)
-
-        return call
+        return await self.applications.replicas_of(ONLY)(method, *arguments)
 
     @property
     def trainers(self) -> Any:
@@ -315,9 +277,10 @@ class Cluster:
 
     async def connect(self, settings: EngineSettings, name: str = ONLY) -> PolicySwapper:
         """Tie a policy's trainer ranks to its replicas."""
-        deadline, replicas, trainers = settings.swap_timeout_seconds, self.replicas_of(name), self._trainers[name]
+        deadline, trainers = settings.swap_timeout_seconds, self._trainers[name]
+        replicas, policy = self.applications.replicas_of(name), self.applications.handle(name)
         [way, *_] = {member["transfer"] for member in await replicas("describe")}
-        await trainers.call("attach_policy", self._deployed[name], way, deadline, timeout=60.0)
+        await trainers.call("attach_policy", policy, way, deadline, timeout=60.0)
         tolerance = settings.chosen_tolerance
         transfer = transfer_of(way, replicas, trainers, tolerance, deadline)
         coarse, seconds = settings.chosen_dtype == "bfloat16", settings.startup_timeout_seconds
@@ -362,7 +325,7 @@ class Cluster:
         from ray import serve
 
         closing = [actor.close.remote() for actor in self._store_actors]
-        deleting = [ask_ray(serve.delete, application) for application in self._applications if not self.owned]
+        deleting = [ask_ray(serve.delete, application) for application in self.applications.names if not self.owned]
         await asyncio.gather(*closing, *deleting, return_exceptions=True)
 
 

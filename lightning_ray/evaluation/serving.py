@@ -116,7 +116,7 @@ def _as_loaded(engine: EngineSettings) -> EngineSettings:
 
 async def _proof(cluster: Cluster, policy: str, model: Path, loaded: Loaded) -> dict[str, Any]:
     proof: dict[str, Any] = {}
-    for replica in await cluster.replicas_of(policy)("describe"):
+    for replica in await cluster.applications.replicas_of(policy)("describe"):
         if not replica["proved"]:
             raise SwapError(loaded.refusal(model, replica["replica_id"], replica["loaded_diff"]))
         proof = loaded.proof(replica["loaded_diff"])

@@ -379,7 +379,8 @@ class Run:
             return "not started" if pool is None else runners_at_work(pool.status())
 
         async def replicas() -> str:
-            asked = [self.cluster.replicas_of(name)("status") for name in self.policies if self.cluster.serves(name)]
+            served = self.cluster.applications
+            asked = [served.replicas_of(name)("status") for name in self.policies if served.serves(name)]
             return replicas_at_work([each for answers in await asyncio.gather(*asked) for each in answers])
 
         return {"rollouts": rollouts, "runners": runners, "replicas": replicas}

@@ -132,7 +132,7 @@ class TrainedPolicy:
         """One policy update on the trainer ranks; returns its figures, with ``seconds``."""
         began = time.perf_counter()
         if self.settings.engine.sleep:
-            await self._cluster.replicas_of(self.name)("sleep")
+            await self._cluster.applications.replicas_of(self.name)("sleep")
         figures = await self.trainers.update(batch, self.state.version)
         return {**figures, "seconds": time.perf_counter() - began}
 

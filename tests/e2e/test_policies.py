@@ -128,7 +128,8 @@ class Learned:
             os.kill(pid, signal.SIGKILL)
 
     async def _digests(self) -> dict[str, Any]:
-        answers = {name: await self.run.cluster.replicas_of(name)("digest") for name in ("writer", "judge")}
+        applications = self.run.cluster.applications
+        answers = {name: await applications.replicas_of(name)("digest") for name in ("writer", "judge")}
         return {name: answer["digests"] for name, [answer] in answers.items()}
 
 
