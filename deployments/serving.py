@@ -20,14 +20,17 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
 from deployments.handlers import handlers_kept
+from deployments.lifetime import CHECK_SECONDS
 from deployments.temporary import keep_with_ray
 from lightning_ray.capture.refusal import refuse
 from lightning_ray.config import EngineSettings
 from lightning_ray.errors import ConfigError, SwapError
 from lightning_ray.evaluation.subject import Subject, subject_of
 from lightning_ray.policy import engine_failure
+from lightning_ray.policy.engine_load import EngineLoad
 from lightning_ray.policy.loaded import Loaded, loaded_from
 from lightning_ray.policy.proof import CANARY, max_difference
+from lightning_ray.policy.stalls import StallWatch
 from lightning_ray.run.state import ONLY
 from lightning_ray.serving import policy_options
 
@@ -59,7 +62,7 @@ def app(args: ServingSettings) -> serve.Application:
     return deployment.options(**policy_options(args.engine)).bind(args)
 
 
-@serve.deployment(name="model", max_queued_requests=-1)
+@serve.deployment(name="model", max_queued_requests=-1, health_check_period_s=CHECK_SECONDS)
 @serve.ingress()
 class ServedModel:
     """One replica."""
@@ -68,6 +71,8 @@ class ServedModel:
         self.args = args
         self.key = find_key(args.key_file)
         self.engine: Any = None
+        self.load = EngineLoad()
+        self.stalls = StallWatch(self.load, args.engine.stall_seconds)
 
     async def __serve_build_asgi_app__(self) -> KeyGuard:
         """Start the engine, have it prove its weights, and put the key before vLLM's own app."""
@@ -90,7 +95,7 @@ class ServedModel:
         config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
         place = _on_a_thread() if engine.chosen_process == "replica" else nullcontext()
         with engine_failure.told(engine), place:
-            self.engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+            self.engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True, stat_loggers=[self.load.logger()])
         await prove(self.engine, folder, loaded)
         tasks = await self.engine.get_supported_tasks()
         app = build_app(args, tasks, self.engine.model_config)
@@ -98,9 +103,10 @@ class ServedModel:
         return KeyGuard(app, self.key)
 
     async def check_health(self) -> None:
-        """Raise when the engine is dead: Serve then restarts the replica."""
+        """Raise when the engine is dead or hangs: Serve then restarts the replica."""
         if self.engine is not None:
             await self.engine.check_health()
+            self.stalls.check(self.engine.output_processor.has_unfinished_requests(), swapping=False, held_up=0.0)
 
     def __del__(self) -> None:
         engine = getattr(self, "engine", None)

@@ -16,6 +16,7 @@ from lightning_ray.store.schema import spans_to_batch
 
 SECRET = b"s" * 32
 CHAT = "/v1/chat/completions"
+TOKENIZE = "/tokenize"
 VERSION = 9
 
 
@@ -62,6 +63,9 @@ class App:
             return
         message = await receive()
         self.bodies.append(message["body"])
+        if scope["path"] == TOKENIZE:
+            await respond(send, b"open")
+            return
         body = json.loads(message["body"])
         ids = body.get("ids", [1])
         if not body.get("stream"):

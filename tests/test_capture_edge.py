@@ -13,7 +13,7 @@ from lightning_ray.capture.call import current_request
 from lightning_ray.capture.edge import Limits
 from lightning_ray.semconv import CLIENT_SPAN
 from lightning_ray.traces.ids import to_header, trace_id_of
-from tests.capture_client import CHAT, Client, bearer, operator, respond
+from tests.capture_client import CHAT, TOKENIZE, Client, bearer, operator, respond
 
 AT = "/rollout/ro-1/attempt/at-1"
 
@@ -52,9 +52,10 @@ async def test_a_call_is_of_its_attempt_s_trace_and_names_the_client_s_span(clie
     assert [row["parent_id"] for row in client.rows] == [None] * 2, "it stays where trajectories look for it"
 
 
-async def test_the_app_gets_the_body_whole_and_as_it_was_sent(client: Client) -> None:
+@pytest.mark.parametrize("path", [CHAT, TOKENIZE])
+async def test_the_app_gets_the_body_whole_and_as_it_was_sent(client: Client, path: str) -> None:
     raw = b'{ "ids" : [1,2],  "text": "\xc3\xa4" }'
-    assert (await client.call(body=raw, chunk=5))[0] == 200
+    assert (await client.call(AT + path, raw, chunk=5))[0] == 200
     assert client.app.bodies == [raw]
 
 
@@ -134,16 +135,20 @@ async def test_odd_but_legal_json_is_kept_as_the_app_reads_it(client: Client) ->
     assert client.app.bodies == [raw]
 
 
-async def test_a_body_that_is_too_large_is_refused() -> None:
+@pytest.mark.parametrize("path", [CHAT, TOKENIZE])
+async def test_a_body_that_is_too_large_is_refused(path: str) -> None:
     client = Client(limits=Limits(body_bytes=20))
-    assert (await client.call(body=b'{"ids": [1, 2, 3]}  ', chunk=3))[0] == 200
-    status, answer = await client.call(body=b'{"ids": [1, 2, 3]}   ', chunk=3)
+    assert (await client.call(AT + path, b'{"ids": [1, 2, 3]}  ', chunk=3))[0] == 200
+    status, answer = await client.call(AT + path, b'{"ids": [1, 2, 3]}   ', chunk=3)
     assert status == 413 and b"larger than 20 bytes" in answer and len(client.app.scopes) == 1
 
 
-async def test_a_body_that_stays_away_is_not_waited_for(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("path", [CHAT, TOKENIZE])
+async def test_a_body_that_stays_away_is_not_waited_for(
+    client: Client, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(edge, "BODY_SECONDS", 0.05)
-    status, answer = await client.call(whole=False)
+    status, answer = await client.call(AT + path, whole=False)
     assert status == 408 and b"nothing more of the request body came for 0.05 s" in answer and not client.app.scopes
 
 

@@ -1,8 +1,8 @@
 """The edge: the ASGI layer in front of the engine's own app that knows who is calling.
 
-A request to a captured route is opened by its attempt's key alone, read whole, and handed to the app as it was sent;
-its answer goes out through ``Answer``. Routes that sample nothing are passed; all others are closed, so that nothing is
-sampled that is not captured. What the tokens were is the engine half's business.
+A request is opened by its attempt's key alone, read whole, and handed to the app as it was sent; the answer of a
+captured route goes out through ``Answer``. Routes that sample nothing are passed; all others are closed, so that
+nothing is sampled that is not captured. What the tokens were is the engine half's business.
 """
 
 from __future__ import annotations
@@ -119,15 +119,6 @@ class CaptureEdge:
         except KeyRefused as refused:
             await refuse(send, dialect, 401, str(refused))
             return
-        inner = {**scope, "path": address.path, "raw_path": address.path.encode(), "root_path": ""}
-        if dialect is not None:
-            await self._captured(dialect, caller, inner, receive, send)
-        elif (reason := await self.backend.ready()) is not None:
-            await refuse(send, None, 503, reason)
-        else:
-            await self.app(inner, receive, send)
-
-    async def _captured(self, dialect: Dialect, caller: Caller, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             raw = await read_body(receive, self.limits.body_bytes)
         except HungUp:
@@ -135,6 +126,17 @@ class CaptureEdge:
         except BodyRefused as refused:
             await refuse(send, dialect, refused.status, str(refused))
             return
+        inner = {**scope, "path": address.path, "raw_path": address.path.encode(), "root_path": ""}
+        if dialect is not None:
+            await self._captured(dialect, caller, inner, raw, receive, send)
+        elif (reason := await self.backend.ready()) is not None:
+            await refuse(send, None, 503, reason)
+        else:
+            await self.app(inner, replay(raw, receive), send)
+
+    async def _captured(
+        self, dialect: Dialect, caller: Caller, scope: Scope, raw: bytes, receive: Receive, send: Send
+    ) -> None:
         parsed = parse(raw)
         refusal = parsed if isinstance(parsed, str) else dialect.refusal(parsed[0])
         if refusal is not None:
@@ -254,7 +256,7 @@ async def read_body(receive: Receive, most: int) -> bytes:
             return b"".join(parts)
 
 
-def replay(body: bytes, receive: Receive, hung_up: Callable[[], None]) -> Receive:
+def replay(body: bytes, receive: Receive, hung_up: Callable[[], None] = lambda: None) -> Receive:
     """A receive that gives the body once and then what the server has to say; a disconnect is told to ``hung_up``."""
     given = False
 

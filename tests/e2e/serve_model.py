@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from typing import Any
 
 import anthropic
 import httpx
 import openai
+import psutil
 from ray import serve
 
 from deployments.serving import KEY_VARIABLE, ServingSettings, app
@@ -20,6 +22,7 @@ from lightning_ray.net import free_port
 from lightning_ray.own_ray import OwnRay
 
 KEY = "a key of the test"
+STALL_SECONDS = 150.0
 HELLO = [{"role": "user", "content": "w1 w2"}]
 
 
@@ -37,7 +40,7 @@ def asked(model: str) -> dict[str, Any]:
     """What clients hear from the model, served."""
     port = free_port("127.0.0.1")
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    engine = {"max_model_len": 128, "kv_cache_memory_mb": 16}
+    engine = {"max_model_len": 128, "kv_cache_memory_mb": 16, "process": "own", "stall_seconds": 5}
     serve.run(app(ServingSettings.model_validate({"model": model, "name": "tiny", "engine": engine})))
     address = f"http://127.0.0.1:{port}"
     openai_client = openai.OpenAI(base_url=f"{address}/v1", api_key=KEY)
@@ -62,7 +65,27 @@ def asked(model: str) -> dict[str, Any]:
             path: httpx.get(f"{address}{path}").status_code
             for path in ("/v1/models", "/tokenize", "/metrics", "/health")
         },
+        "after_a_stall": after_a_stall(openai_client),
     }
+
+
+def after_a_stall(client: openai.OpenAI) -> int:
+    """How many tokens are sampled by a call to an engine that hangs, which its client makes again and again."""
+    [engine] = [each for each in psutil.Process().children(recursive=True) if "EngineCore" in each.name()]
+    engine.suspend()
+    impatient = client.with_options(timeout=20, max_retries=0)
+    deadline = time.monotonic() + STALL_SECONDS
+    while True:
+        try:
+            answer = impatient.completions.create(
+                model="tiny", prompt="w1", max_tokens=3, extra_body={"ignore_eos": True}
+            )
+            assert answer.usage is not None
+            return answer.usage.completion_tokens
+        except openai.APIError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(1)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     (model / "trainer_state").mkdir()
     write_canaries(model, PROMPTS, logprobs_of(model))
     command = [sys.executable, "-m", "tests.e2e.serve_model", str(model)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     [line] = [line for line in done.stdout.splitlines() if line.startswith("{")]  # Ray writes there too
     told: dict[str, Any] = json.loads(line)
@@ -55,3 +55,7 @@ def test_it_answers_openai_s_and_anthropic_s_clients(served: dict[str, Any]) -> 
 
 def test_without_the_key_there_is_nothing_but_health(served: dict[str, Any]) -> None:
     assert served["without_key"] == {"/v1/models": 401, "/tokenize": 401, "/metrics": 401, "/health": 200}
+
+
+def test_an_engine_that_hangs_is_started_anew(served: dict[str, Any]) -> None:
+    assert served["after_a_stall"] == 3, "tokens sampled"
