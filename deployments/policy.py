@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -29,7 +28,7 @@ from lightning_ray.capture.conversations import Attempt, Conversations
 from lightning_ray.capture.edge import Backend, CaptureEdge, Limits
 from lightning_ray.capture.engine import CapturedEngine
 from lightning_ray.config import EngineSettings
-from lightning_ray.deaths.last_words import FAILED_CHECK
+from lightning_ray.deaths.last_words import failure_written
 from lightning_ray.loading import uncollected
 from lightning_ray.metrics.replica import ReplicaMetrics
 from lightning_ray.mirror.nodes import present
@@ -192,11 +191,8 @@ class Policy(Weights):
         When the run is gone, its application is deleted.
         """
         await end_with(self.store.actors)
-        try:
+        with failure_written():
             await self._check()
-        except Exception as error:
-            print(f"{FAILED_CHECK}{error}", file=sys.stderr, flush=True)  # Serve itself writes that it failed, not why
-            raise
 
     async def _check(self) -> None:
         if self.engine is None:

@@ -24,6 +24,7 @@ from deployments.lifetime import CHECK_SECONDS
 from deployments.temporary import keep_with_ray
 from lightning_ray.capture.refusal import refuse
 from lightning_ray.config import EngineSettings
+from lightning_ray.deaths.last_words import failure_written
 from lightning_ray.errors import ConfigError, SwapError
 from lightning_ray.evaluation.subject import Subject, subject_of
 from lightning_ray.policy import engine_failure
@@ -104,7 +105,9 @@ class ServedModel:
 
     async def check_health(self) -> None:
         """Raise when the engine is dead or hangs: Serve then restarts the replica."""
-        if self.engine is not None:
+        if self.engine is None:
+            return
+        with failure_written():
             await self.engine.check_health()
             self.stalls.check(self.engine.output_processor.has_unfinished_requests(), swapping=False, held_up=0.0)
 

@@ -10,7 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
+settings.register_profile("tests", deadline=None)  # a busy machine is no defect
+settings.load_profile("tests")
 _verdict = pytest.StashKey[int]()
 
 

@@ -246,7 +246,7 @@ async def test_what_is_not_done_in_time_is_cancelled_and_left_out(tmp_path: Path
         return 0.5
 
     with ScriptedModel(wishes) as model:
-        apo = lr.APO[str](model.client(), beam_rounds=1, rollout_batch_timeout=0.3, **SMALL)
+        apo = lr.APO[str](model.client(), beam_rounds=1, rollout_batch_timeout=2.0, **SMALL)
         played = await search(tmp_path, apo, ["quick"], ["quick", "never"], endless)
     assert {r.input: r.status for r in played if r.mode == "val"} == {"quick": "succeeded", "never": "cancelled"}
     assert state_of(apo).seed_score == 0.5 and state_of(apo).masked == 1

@@ -107,9 +107,11 @@ async def test_no_byte_after_the_end_of_sampling_goes_out_before_it_is_durable()
         client.events.clear()
         durable.clear()
         task = asyncio.create_task(client.call(body=body))
+        async with asyncio.timeout(10):
+            while (client.edge.calls()["oldest_call"] or {}).get("stage") != "being stored":
+                await asyncio.sleep(0)
         await asyncio.sleep(0.01)
         assert client.events == before and not task.done()
-        assert client.edge.calls()["oldest_call"]["stage"] == "being stored"
         durable.set()
         await task
         assert client.events[len(before)] == "stored" and len(client.events) == len(before) + 2

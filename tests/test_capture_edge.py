@@ -256,8 +256,9 @@ async def test_an_attempt_has_so_many_calls_at_once_and_no_more() -> None:
     }
     assert (await client.call(CHAT, headers=bearer("ro-1", "at-2")))[0] == 200
     assert (await client.call(f"{AT}/v1/models"))[0] == 200
-    running.pop().cancel()
-    await asyncio.sleep(0.01)
+    ended = running.pop()
+    ended.cancel()
+    await asyncio.gather(ended, return_exceptions=True)
     assert (await client.call())[0] == 200
     for task in running:
         task.cancel()

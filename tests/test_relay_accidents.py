@@ -90,8 +90,8 @@ async def test_silence_is_no_reason_to_pay_twice(relayed: Relayed) -> None:
 
 
 async def test_an_answer_may_take_longer_than_a_silence(relayed: Relayed) -> None:
-    await relayed.start(timeout_seconds=0.5)
-    relayed.fake.pace = 0.2
+    await relayed.start(timeout_seconds=2.0)
+    relayed.fake.pace = 0.5
     stream = await relayed.client().chat.completions.create(**ask(stream=True))
     assert "".join([chunk.choices[0].delta.content or "" async for chunk in stream]).startswith("".join(WORDS))
 

@@ -221,19 +221,24 @@ async def test_an_endpoint_that_is_gone_is_not_the_agents_fault(
 
 @both
 async def test_no_more_than_concurrency_are_played_at_once_and_no_fewer(store: Any, is_async: bool) -> None:
-    lock, running, most = threading.Lock(), 0, 0
+    lock, full, running, most = threading.Lock(), threading.Event(), 0, 0
 
     def enter(change: int) -> None:
         nonlocal running, most
         with lock:
             running += change
             most = max(most, running)
+            if running == 20:
+                full.set()
 
     if is_async:
 
         @lr.rollout
         async def agent(task: Any, llm: lr.LLM) -> float:
             enter(1)
+            async with asyncio.timeout(10):
+                while not full.is_set():
+                    await asyncio.sleep(0.001)
             await asyncio.sleep(0.01)
             enter(-1)
             return 1.0
@@ -242,6 +247,7 @@ async def test_no_more_than_concurrency_are_played_at_once_and_no_fewer(store: A
         @lr.rollout
         def agent(task: Any, llm: lr.LLM) -> float:
             enter(1)
+            full.wait(10)
             time.sleep(0.05)
             enter(-1)
             return 1.0
@@ -462,22 +468,27 @@ async def test_a_store_that_refuses_leases_ends_the_runner_with_its_error(flaky:
 async def test_spans_on_their_way_with_the_end_are_not_sent_beside_it(
     store: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    appended: list[int] = []
+    beside: list[int] = []
+    on_their_way = False
     append, finish = store.append_spans, store.finish_many_attempts
 
     async def counted(batch: Any, synced: bool = True) -> Any:
-        appended.append(batch.num_rows)
+        if on_their_way:
+            beside.append(batch.num_rows)
         return await append(batch, synced)
 
     async def slow(*ends: Any) -> Any:
+        nonlocal on_their_way
+        on_their_way = True
         await asyncio.sleep(0.2)
+        on_their_way = False
         return await finish(*ends)
 
     monkeypatch.setattr(runner_module, "EXPORT_SECONDS", 0.01)
     monkeypatch.setattr(store, "append_spans", counted)
     monkeypatch.setattr(store, "finish_many_attempts", slow)
     [rollout] = await play(store, agent_of(lambda: 1.0, True))
-    assert await rewards_of(store, rollout) == [1.0] and not appended
+    assert await rewards_of(store, rollout) == [1.0] and not beside
 
 
 async def test_a_lease_asks_for_a_sixteenth_of_many_slots(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:

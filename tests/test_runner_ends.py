@@ -222,6 +222,8 @@ async def test_what_was_emitted_before_and_while_being_cancelled_is_kept(store: 
 
 
 async def test_a_slow_cancellation_holds_nobody_up(store: Any) -> None:
+    clean = asyncio.Event()
+
     @lr.rollout
     async def agent(task: Any, llm: Any) -> float:
         if task == "quick":
@@ -229,16 +231,16 @@ async def test_a_slow_cancellation_holds_nobody_up(store: Any) -> None:
         try:
             await asyncio.Event().wait()
         finally:
-            await asyncio.sleep(1.0)
+            await clean.wait()
         return 0.0
 
     slow = await store.enqueue_rollout("slow", config=RolloutConfig(timeout_seconds=0.05))
     async with playing(store, agent, concurrency=2) as runner:
-        began = time.monotonic()
         await ended(store, slow)
         quick = await store.enqueue_rollout("quick")
         await ended(store, quick)
-        assert time.monotonic() - began < 0.8 and runner.playing
+        assert runner.playing
+        clean.set()
 
 
 async def test_a_sync_agent_ends_at_its_timeout_and_its_thread_is_ended(store: Any) -> None:
@@ -257,7 +259,7 @@ async def test_a_sync_agent_ends_at_its_timeout_and_its_thread_is_ended(store: A
     async with playing(store, agent, concurrency=4):
         began = time.monotonic()
         [rollout] = await ended(store, rollout)
-        assert time.monotonic() - began < 1.0 and rollout.metadata["failure"]["kind"] == "timeout"
+        assert time.monotonic() - began < 5 and rollout.metadata["failure"]["kind"] == "timeout"
         await until(over.is_set)
 
 
@@ -402,8 +404,8 @@ async def test_the_watchdog_beats_while_the_loop_is_blocked_and_ends_the_process
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(watchdog_module, "CHECK_SECONDS", 0.02)
-    monkeypatch.setattr(watchdog_module, "HEARTBEAT_AFTER", 0.1)
-    monkeypatch.setattr(watchdog_module, "BLOCKED_SECONDS", 0.4)
+    monkeypatch.setattr(watchdog_module, "HEARTBEAT_AFTER", 1.0)
+    monkeypatch.setattr(watchdog_module, "BLOCKED_SECONDS", 3.0)
     calls: list[Any] = []
     over = threading.Event()
 
@@ -415,9 +417,9 @@ async def test_the_watchdog_beats_while_the_loop_is_blocked_and_ends_the_process
     watchdog = Watchdog(Deaf(), "w-1", lambda: [], over.set)  # type: ignore[arg-type]
     await asyncio.sleep(0.3)
     assert not calls and not over.is_set()
-    block(0.3)
+    block(1.5)
     assert calls[0] == ("w-1", []) and not over.is_set()
-    block(0.4)
+    block(2.0)
     assert over.is_set()
     watchdog.close()
 

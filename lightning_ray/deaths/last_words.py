@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 LINES = 8
 FRAMES = 4
@@ -25,3 +28,13 @@ def last_words(text: str) -> str:
         frames = [line for line in lines[fatal + 1 :] if line.startswith("File ")][:FRAMES]
         kept = [*lines[max(0, fatal - LINES) : fatal + 1], *frames]
     return " | ".join(kept)[-CHARACTERS:]
+
+
+@contextmanager
+def failure_written() -> Iterator[None]:
+    """Has a replica write why its health check fails: Serve itself writes that it failed, not why."""
+    try:
+        yield
+    except Exception as error:
+        print(f"{FAILED_CHECK}{error}", file=sys.stderr, flush=True)
+        raise

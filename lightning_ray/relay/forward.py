@@ -17,7 +17,7 @@ from aiohttp import ClientError, ClientResponse
 
 from lightning_ray.capture.call import CapturedRequest, current_request
 from lightning_ray.capture.dialects import openai_error
-from lightning_ray.capture.edge import BodyRefused, HungUp, Limits, Receive, Scope, Send, read_body
+from lightning_ray.capture.edge import Receive, Scope, Send
 from lightning_ray.capture.refusal import refuse
 from lightning_ray.relay.asking import Asking, Headers, Refused
 from lightning_ray.relay.call import RelayedCall
@@ -44,13 +44,7 @@ class Forwarder:
         self.close = self._asking.close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            body = await read_body(receive, Limits.body_bytes)
-        except HungUp:
-            return
-        except BodyRefused as refused:
-            await refuse(send, None, refused.status, str(refused))
-            return
+        body = (await receive())["body"]  # the edge has it whole
         call, request = RelayedCall(self.name, self.upstream, scope, body), current_request.get()
 
         def settle() -> None:

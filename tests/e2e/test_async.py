@@ -74,6 +74,14 @@ def traces(path: Path) -> list[dict[str, ReadableSpan]]:
     return [found for found in by_trace.values() if any(name.endswith(TRAINED_SPAN) for name in found)]
 
 
+async def at_step(step: int, run: Run, learning: asyncio.Task[None]) -> None:
+    """Returns once that many steps were made."""
+    while run.state.step < step:
+        await asyncio.sleep(0.02)
+        if learning.done():
+            await learning
+
+
 async def test_stale_tokens_stay_within_the_bound_and_a_rank_and_the_replica_killed_at_once_are_replaced(
     tmp_path: Path,
 ) -> None:
@@ -82,13 +90,11 @@ async def test_stale_tokens_stay_within_the_bound_and_a_rank_and_the_replica_kil
     loop = TrainingLoop(settings(8, max_staleness=2, checkpoint_every=3), run)
     learning = asyncio.create_task(loop.learn())
     try:
-        while run.state.step < 4:
-            await asyncio.sleep(0.05)
-            if learning.done():
-                await learning
+        await at_step(1, run, learning)
         [rank] = await run.cluster.trainers.call("pid", timeout=30.0)
         [replica] = await run.cluster.replicas("describe")
         names = {actor.rpartition("-")[0] or actor for actor in ray.util.list_named_actors()}
+        await at_step(4, run, learning)
         for pid in (rank, replica["pid"]):
             os.kill(pid, signal.SIGKILL)
         await asyncio.wait_for(learning, 150)

@@ -88,7 +88,7 @@ def test_it_learns_although_interrupted_in_the_middle(tmp_path: Path) -> None:
     asked = time.monotonic()
     first.send_signal(signal.SIGINT)
     output = finish(first, tmp_path, timeout=60)
-    assert time.monotonic() - asked < 30
+    assert time.monotonic() - asked < 45
     assert first.returncode == INTERRUPTED, output
     assert "--resume" in output and "Traceback" not in output, output
     done = len(metrics(tmp_path))

@@ -109,7 +109,7 @@ async def test_the_divergence_from_the_teacher_falls(
         await run.close()
     rows = [row for row in folder.metrics() if row["kind"] == "train"]
     apart = [row["update.teacher_kl"] for row in rows]
-    assert np.mean(apart[-4:]) < 0.7 * apart[0], apart
+    assert np.mean(apart[-4:]) < 0.85 * apart[0], apart
     assert all(row["rollouts_trained"] == 48 and row["time.teacher"] > 0 for row in rows)
     # What the run told is so: the divergence over the whole vocabulary, at places that a conversation comes to.
     before, after = (divergence(each, folders[1]) for each in (folders[0], folder.latest_checkpoint()))

@@ -55,7 +55,7 @@ def lightning_ray(folder: Path, *arguments: str, code: int = 0) -> subprocess.Co
         env=environment,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=600,
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done

@@ -137,7 +137,7 @@ async def test_served_by_itself(
     endpoint = ProxyLLM(endpoint=f"http://127.0.0.1:{port}/to/judge/v1", model="m").get_base_url(*ids)
     claims = Claims(*ids, time.time() + 60, {}, relayed("judge"))
     client = AsyncOpenAI(base_url=endpoint, api_key=issue_key(secret.encode(), claims))
-    fake.pace = 0.4
+    fake.pace = 1.0
     before_the_last = []
     stream = await client.chat.completions.create(**ask(), stream=True)
     async for _ in stream:

@@ -38,7 +38,7 @@ PAUSE = 0.2
 """Seconds between two calls of an agent."""
 LONG = 100
 """Tokens of a call that takes longer than such a pause."""
-BACK_SECONDS = 120.0
+BACK_SECONDS = 300.0
 AS_IT_IS: dict[str, Any] = {"max_retries": 0, "timeout": 60.0}
 """Settings of a client that hides nothing."""
 

@@ -27,7 +27,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     (model / "trainer_state").mkdir()
     write_canaries(model, PROMPTS, logprobs_of(model))
     command = [sys.executable, "-m", "tests.e2e.serve_model", str(model)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     [line] = [line for line in done.stdout.splitlines() if line.startswith("{")]  # Ray writes there too
     told: dict[str, Any] = json.loads(line)

@@ -135,13 +135,13 @@ async def test_a_swap_moves_the_adapter_alone_and_every_token_is_then_its(policy
 
 
 async def test_answers_in_flight_go_on_under_the_new_adapter(policy: Policy) -> None:
-    answers = [asyncio.create_task(policy.say(200, f"w{index} w2")) for index in range(4)]
+    await policy.at_ranks(another_adapter)
+    answers = [asyncio.create_task(policy.say(240, f"w{index} w2")) for index in range(4)]
     async with asyncio.timeout(30):
         while (await policy.cluster.replicas("status"))[0]["running"] < 4:
             await asyncio.sleep(0.01)
     await asyncio.sleep(0.05)  # a few tokens of each
     old = policy.version
-    await policy.at_ranks(another_adapter)
     await policy.publish()
     spans = await asyncio.gather(*answers)
     mixed = [span for span in spans if set(span["weight_versions"]) == {old, old + 1}]

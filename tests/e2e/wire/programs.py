@@ -16,6 +16,7 @@ from tests.e2e.wire.served import MODEL, Session
 NODE = Path(__file__).parent / "node"
 AGENT = "by-header"
 SECONDS = 90
+INSTALL_SECONDS = 300
 
 
 async def curl(session: Session) -> Heard:
@@ -50,15 +51,16 @@ async def installed() -> Path:
     folder = Path(tempfile.gettempdir()) / f"lightning-ray-node-openai-{version}"
     shutil.copytree(NODE, folder, dirs_exist_ok=True)
     if not (folder / "node_modules" / "openai" / "package.json").exists():
-        await program("npm", "install", "--prefix", str(folder), "--no-audit", "--no-fund", "--no-package-lock")
+        options = ("--no-audit", "--no-fund", "--no-package-lock", "--fetch-retries=5")
+        await program("npm", "install", "--prefix", str(folder), *options, seconds=INSTALL_SECONDS)
     return folder
 
 
-async def program(*command: str) -> str:
+async def program(*command: str, seconds: float = SECONDS) -> str:
     """What it printed. Raises AssertionError with what it complained of."""
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe)
-    async with asyncio.timeout(SECONDS):
+    async with asyncio.timeout(seconds):
         output, complaint = await process.communicate()
     assert process.returncode == 0, f"{command[0]}: {complaint.decode()}"
     return output.decode()

@@ -74,6 +74,8 @@ def _told(data: Any) -> Any:
 
 
 def _join(a: Any, b: Any, key: str = "") -> Any:
+    if key == "finish_reason" and a is not None:
+        raise OtherKindError  # nothing joins what has ended
     if a is None or b is None:
         return b if a is None else a
     if isinstance(a, dict) and isinstance(b, dict):
