@@ -19,6 +19,9 @@ from lightning_ray.run.folder import RunFolder
 from lightning_ray.store import LocalStoreClient, SpanStore
 from lightning_ray.trackers import Trackers
 
+TRAIN = ["red", "blue", "red green", "blue green"]
+VAL = ["red", "blue", "green", "red blue", "blue green", "red blue green"]
+SMALL: dict[str, Any] = {"beam_width": 2, "branch_factor": 2, "gradient_batch_size": 2, "val_batch_size": 3}
 SEED: Any = {"prompt_template": lr.PromptTemplate(template="Do {task}")}
 
 
@@ -85,3 +88,7 @@ def in_folder(apo: lr.APO[Any], folder: RunFolder, resume: bool = False) -> Cons
         folder=folder, reporter=reporter, trackers=Trackers(folder.path, reporter.note), keep_alive=trainer
     )
     return console
+
+
+def state_of(apo: lr.APO[Any]) -> Any:
+    return apo._outcome.state

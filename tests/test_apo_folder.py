@@ -14,9 +14,8 @@ import lightning_ray as lr
 from lightning_ray.algorithms.apo.report import changes
 from lightning_ray.errors import InfrastructureError
 from lightning_ray.run.folder import RunFolder
-from tests.apo_parts import SEED, in_folder, search
+from tests.apo_parts import SEED, SMALL, TRAIN, VAL, in_folder, search, state_of
 from tests.scripted_model import ScriptedModel, wishes
-from tests.test_apo import SMALL, TRAIN, VAL, state_of
 
 
 def make(model: ScriptedModel, **settings: Any) -> lr.APO[str]:
