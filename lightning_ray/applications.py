@@ -26,10 +26,8 @@ class Applications:
         """In Serve; from when they are asked for."""
         self._run = run
         self._alone = alone
-        self._policies: dict[str, Any] = {}
-        """Handles of the deployments."""
-        self._seconds: dict[str, float] = {}
-        """How long each policy's replicas may take to answer."""
+        self._policies: dict[str, tuple[Any, float]] = {}
+        """The deployments' handles, and how many seconds their replicas may take to answer."""
         self._starting = asyncio.Lock()
 
     async def policy(self, name: str, application: Any, settings: EngineSettings) -> str:
@@ -40,8 +38,8 @@ class Applications:
         await self._start(settings)
         what = f"the deployment of {'the policy' if name == ONLY else name} at {serve_address()}{route}"
         seconds = settings.startup_timeout_seconds
-        self._policies[name] = await deployed(application, served, route or "/", seconds, what)
-        self._seconds[name] = settings.swap_timeout_seconds
+        handle = await deployed(application, served, route or "/", seconds, what)
+        self._policies[name] = handle, settings.swap_timeout_seconds
         return serve_address() + route
 
     async def relay(self, application: Any, host: str) -> str:
@@ -67,13 +65,14 @@ class Applications:
 
     def handle(self, name: str) -> Any:
         """Serve's handle of a policy's deployment."""
-        return self._policies[name]
+        return self._policies[name][0]
 
     def replicas_of(self, name: str) -> Replicas:
         """Calls a control method on every live replica of a policy."""
 
         async def call(method: str, *arguments: Any) -> list[Any]:
+            handle, seconds = self._policies[name]
             what = "the policy's replicas" if name == ONLY else f"{name}'s replicas"
-            return await answers_of(self._policies[name], method, arguments, self._seconds[name], what)
+            return await answers_of(handle, method, arguments, seconds, what)
 
         return call

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import lightning_ray as lr
@@ -182,7 +182,6 @@ def test_a_reward_told_during_another_call_is_not_lost() -> None:
         assert steps(*spans, reward_match=match) == [[0, 0.5], [0, 1.0]]
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 3)), min_size=1, max_size=8))
 def test_rewards_are_matched_as_the_adapter_of_0_3_does(happened: list[tuple[bool, int]]) -> None:
     """On a trace that the adapter can read: calls with response ids at their client."""
@@ -242,7 +241,6 @@ def test_overlong_responses_are_punished_linearly() -> None:
     assert overlong_penalty(0, OverlongPenalty(max_tokens=4, cache_tokens=4)) == 0.0
 
 
-@settings(deadline=None)
 @given(st.integers(1, 500), st.integers(1, 500), st.integers(0, 1000))
 def test_the_punishment_never_grows_smaller_with_length(maximum: int, cache: int, tokens: int) -> None:
     settings = OverlongPenalty(max_tokens=max(maximum, cache), cache_tokens=cache)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import lightning_ray as lr
@@ -69,7 +69,6 @@ def test_at_level_transition_each_call_is_a_row_in_the_order_of_the_calls() -> N
     assert found[1].logprobs.tolist() == [0, 0, 0, 0, 0, -1]
 
 
-@settings(deadline=None)
 @given(conversations())
 def test_concatenation_masks_and_turns(calls: list[ModelCall]) -> None:
     """A trajectory is its last call's tokens; what its calls sampled has mask 1, and nothing else."""
@@ -88,7 +87,6 @@ def test_concatenation_masks_and_turns(calls: list[ModelCall]) -> None:
         assert np.array_equal(t.mask, expected)
 
 
-@settings(deadline=None)
 @given(conversations(), st.sampled_from(["trajectory", "transition"]))
 def test_every_sampled_token_is_trained_once_over_all_rows(calls: list[ModelCall], level: Any) -> None:
     found = at_level(join_calls(calls), level)
@@ -112,7 +110,6 @@ def test_every_sampled_token_is_trained_once_over_all_rows(calls: list[ModelCall
         ]
 
 
-@settings(deadline=None)
 @given(conversations())
 def test_calls_are_joined_as_a_plain_reading_of_the_rule_says(calls: list[ModelCall]) -> None:
     """Each to the longest trajectory that its prompt extends, the first of those."""
@@ -195,7 +192,6 @@ def test_rows_without_a_sampled_token_are_left_out_whatever_their_length() -> No
     assert mixed.refusal == ("too_long", "1 of 3 rows")
 
 
-@settings(deadline=None)
 @given(conversations(), st.integers(2, 12), st.sampled_from(["trajectory", "transition"]))
 def test_a_cut_row_is_the_beginning_of_the_whole_one(calls: list[ModelCall], limit: int, level: Any) -> None:
     whole = at_level(join_calls(calls), level)

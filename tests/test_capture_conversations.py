@@ -435,7 +435,7 @@ async def test_a_tokenizer_that_cleans_up_is_kept_from_it() -> None:
 
 
 TEXT = st.text(st.sampled_from("the waer<|im_end|>\n日é🙂\u200d"), max_size=12)
-RELAXED = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+RELAXED = settings(max_examples=100, suppress_health_check=list(HealthCheck))
 
 
 @RELAXED

@@ -133,7 +133,7 @@ async def steps(flow: GroupFlow, player: Player, per_step: int, count: int, vers
     return taken
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(1, 4), st.integers(0, 3), st.integers(1, 4), st.integers(0, 3), st.integers(0, 2**32))
 def test_a_resume_may_change_the_bound_and_the_groups_of_a_step(
     per_step: int, staleness: int, other_per_step: int, other_staleness: int, seed: int
@@ -185,7 +185,7 @@ async def test_a_failed_wait_ends_the_step() -> None:
     await flow.stop()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(1, 4), st.integers(0, 3), st.integers(0, 2**32), st.floats(0, 0.5))
 def test_no_group_is_trained_beyond_the_bound(per_step: int, staleness: int, seed: int, barren: float) -> None:
     """``barren`` steps train nothing, so that the version stays."""

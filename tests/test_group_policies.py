@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -110,7 +110,6 @@ members = st.builds(
 )
 
 
-@settings(deadline=None)
 @given(
     st.lists(members, max_size=12),
     st.builds(GroupPolicy, alone=choices, no_variance=choices, infrastructure=choices),

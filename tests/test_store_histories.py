@@ -360,4 +360,4 @@ class AnyHistory(RuleBasedStateMachine):
 
 SOFT = {"last_heartbeat_time"}
 TestAnyHistory = AnyHistory.TestCase
-TestAnyHistory.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestAnyHistory.settings = settings(max_examples=150, stateful_step_count=40)

@@ -214,7 +214,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
 
 
 @given(data=st.data())
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_whatever_byte_is_lost_nothing_acknowledged_is_lost_silently(whole: Whole, data: st.DataObject) -> None:
     """Either a prefix of the records is read and the loss is told, or an error names the file."""
     with tempfile.TemporaryDirectory() as scratch:

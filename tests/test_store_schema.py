@@ -102,7 +102,7 @@ def spans(draw: st.DrawFn) -> Span:
     )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(spans(), max_size=4))
 def test_spans_survive_the_round_trip(originals: list[Span]) -> None:
     batch = decode_batch(encode_batch(spans_to_batch(originals)))
@@ -110,7 +110,7 @@ def test_spans_survive_the_round_trip(originals: list[Span]) -> None:
     assert read_spans(conform(pa.Table.from_batches([batch]))) == originals
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(st.none() | st.lists(st.integers(-(2**31), 2**31 - 1), max_size=4), min_size=1, max_size=4),
     st.booleans(),

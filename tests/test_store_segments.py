@@ -168,7 +168,7 @@ ACTIONS = st.lists(
 
 
 @given(actions=ACTIONS, merge=st.booleans())
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 def test_any_history_reads_the_same_compacted(actions: list[tuple[str, int]], merge: bool) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         how = Compaction(background=False, on_close=False, in_process_bytes=2**40, segment_bytes=2**30 if merge else 0)

@@ -286,7 +286,7 @@ async def side_by_side(folder: Path, acts: list[Any]) -> None:
         await three.close()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(ACTS, max_size=25))
 def test_three_shards_answer_as_one_store(acts: list[Any]) -> None:
     with TemporaryDirectory() as folder:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_ray.emit import reward_attributes
@@ -110,7 +110,6 @@ def conversations(draw: Any) -> list[ModelCall]:
     return calls
 
 
-@settings(deadline=None)
 @given(conversations())
 def test_every_call_is_found_whole_in_one_trajectory(calls: list[ModelCall]) -> None:
     trajectories = join_calls(calls)

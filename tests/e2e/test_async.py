@@ -76,10 +76,11 @@ def traces(path: Path) -> list[dict[str, ReadableSpan]]:
 
 async def at_step(step: int, run: Run, learning: asyncio.Task[None]) -> None:
     """Returns once that many steps were made."""
-    while run.state.step < step:
-        await asyncio.sleep(0.02)
-        if learning.done():
-            await learning
+    async with asyncio.timeout(150):
+        while run.state.step < step:
+            await asyncio.sleep(0.02)
+            if learning.done():
+                await learning
 
 
 async def test_stale_tokens_stay_within_the_bound_and_a_rank_and_the_replica_killed_at_once_are_replaced(

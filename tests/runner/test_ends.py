@@ -6,101 +6,33 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 import lightning_ray as lr
 from lightning_ray import runner as runner_module
-from lightning_ray.deaths.last_words import last_words
 from lightning_ray.errors import InfrastructureError
 from lightning_ray.hooks import Hook
 from lightning_ray.runner import Runner
 from lightning_ray.running import play as play_module
 from lightning_ray.running import rest as rest_module
 from lightning_ray.running import threads as threads_module
-from lightning_ray.running import watchdog as watchdog_module
-from lightning_ray.running.sizing import Sizing, crowded_node
-from lightning_ray.running.watchdog import Watchdog
-from lightning_ray.store import LocalStoreClient, SpanStore, read_spans
-from lightning_ray.store import service as service_module
 from lightning_ray.types import EnqueueRolloutRequest as Request
 from lightning_ray.types import RolloutConfig, Span
-
-SECRET = b"s" * 32
-ENDPOINT = lr.LLM(endpoint="http://host:1/v1", model="policy")
-both = pytest.mark.parametrize("is_async", [True, False], ids=["async", "sync"])
+from tests.runner.parts import SECRET, both, ended, playing, spans_of, until
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service_module, "WATCH_SECONDS", 0.02)
+def quick_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner_module, "HEARTBEAT_SECONDS", 0.02)
     monkeypatch.setattr(runner_module, "EXPORT_SECONDS", 0.05)
     monkeypatch.setattr(runner_module, "LEASE_WAIT_SECONDS", 0.2)
     monkeypatch.setattr(rest_module, "FIRST_SECONDS", 0.1)
 
 
-class Counting(LocalStoreClient):
-    """Counts calls by name, and refuses some."""
-
-    def __init__(self, store: SpanStore):
-        super().__init__(store)
-        self.counts: dict[str, int] = {}
-        self.refused: dict[str, Exception] = {}
-
-    async def _call(self, name: str, *args: Any, timeout: float | None = None) -> Any:
-        self.counts[name] = self.counts.get(name, 0) + 1
-        if name in self.refused:
-            raise self.refused[name]
-        return await super()._call(name, *args, timeout=timeout)
-
-
-@pytest.fixture
-async def store(tmp_path: Path) -> AsyncIterator[Counting]:
-    client = Counting(SpanStore(tmp_path, fsync="none"))
-    await client.update_resources("sampled", {"main_llm": ENDPOINT})
-    yield client
-    await client.close()
-
-
-@contextlib.asynccontextmanager
-async def playing(store: Any, agent: Any, concurrency: int = 8, **options: Any) -> AsyncIterator[Runner]:
-    runner = Runner(agent, store, "w-1", SECRET, concurrency, **options)
-    task = asyncio.create_task(runner.run())
-    try:
-        yield runner
-    finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
-
-
-async def ended(store: Any, *rollouts: Any, timeout: float = 10.0) -> list[Any]:
-    ids = [rollout.rollout_id for rollout in rollouts]
-    assert len(await store.wait_for_rollouts(rollout_ids=ids, timeout=timeout)) == len(ids)
-    return (await store.query_rollouts(rollout_id_in=ids)).items
-
-
-async def spans_of(store: Any, rollout: Any) -> list[Span]:
-    return read_spans(await store.scan_spans([rollout.rollout_id]))
-
-
 def names(spans: list[Span]) -> list[Any]:
     return [span.attributes.get("name", span.name) for span in spans]
-
-
-async def until(condition: Any, seconds: float = 5.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.005)
-
-
-def block(seconds: float) -> None:
-    time.sleep(seconds)
 
 
 class Recorder(Hook):
@@ -378,83 +310,3 @@ async def test_an_outage_does_not_use_up_what_chances_rollouts_have(store: Any) 
         rollouts = await ended(store, *queued)
     assert {rollout.status for rollout in rollouts} == {"succeeded"}
     assert len(tries) <= 8 * 6
-
-
-def test_a_runner_rests_longer_and_longer_and_no_longer_than_needed() -> None:
-    rest, now = rest_module.Rest(), time.monotonic()
-    for _ in range(2):
-        rest.note(now, failed=True)
-        rest.note(now, failed=True)
-        assert not rest.seconds
-        rest.note(now, failed=False)
-    lengths = []
-    for _ in range(3):
-        rest.note(now, failed=True)
-    for _ in range(3):
-        lengths.append(rest.seconds)
-        rest.note(now, failed=True)  # of an attempt from before this rest
-        assert rest.seconds <= lengths[-1]
-        rest.note(time.monotonic() + 60, failed=True)
-    assert lengths[0] > 0 and lengths[1] > 1.5 * lengths[0] and lengths[2] > 1.5 * lengths[1]
-    rest.note(now, failed=False)
-    assert not rest.seconds
-
-
-async def test_the_watchdog_beats_while_the_loop_is_blocked_and_ends_the_process_in_time(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(watchdog_module, "CHECK_SECONDS", 0.02)
-    monkeypatch.setattr(watchdog_module, "HEARTBEAT_AFTER", 1.0)
-    monkeypatch.setattr(watchdog_module, "BLOCKED_SECONDS", 3.0)
-    calls: list[Any] = []
-    over = threading.Event()
-
-    class Deaf:
-        async def heartbeat(self, worker_id: str, keys: Any) -> list[Any]:
-            calls.append((worker_id, keys))
-            return []
-
-    watchdog = Watchdog(Deaf(), "w-1", lambda: [], over.set)  # type: ignore[arg-type]
-    await asyncio.sleep(0.3)
-    assert not calls and not over.is_set()
-    block(1.5)
-    assert calls[0] == ("w-1", []) and not over.is_set()
-    block(2.0)
-    assert over.is_set()
-    watchdog.close()
-
-
-def test_the_number_of_runners_follows_the_work() -> None:
-    from lightning_ray.config import RunnerSettings
-
-    sizing = Sizing(RunnerSettings(minimum=1, maximum=4, concurrency=10), shrink_seconds=5.0)
-    assert [sizing.wanted(work) for work in (0, 10, 11, 35, 1000)] == [1, 1, 2, 4, 4]
-    assert sizing.change(1, 35, now=0.0) == 3
-    assert [sizing.change(4, 0, now) for now in (1.0, 5.9, 6.0)] == [0, 0, -1]
-    assert sizing.change(3, 0, 7.0) == 0 and sizing.change(3, 35, 8.0) == 1
-    assert sizing.change(3, 0, 12.0) == 0, "the time counts from the last need"
-
-
-def test_a_crowded_node_is_one_with_two_more_than_another() -> None:
-    assert crowded_node({"a": 2}, ["a"]) is None
-    assert crowded_node({"a": 2, "b": 1}, ["a", "b"]) is None
-    assert crowded_node({"a": 2}, ["a", "b"]) == ("a", "b")
-    assert crowded_node({"a": 1, "gone": 3}, ["a", "b"]) is None
-
-
-def test_last_words_leave_out_what_is_of_no_use() -> None:
-    frames = "\n".join(f'  File "x.py", line {n} in f' for n in range(9))
-    text = f":job_id:01\nfirst\n\nFatal Python error: Aborted\n\nCurrent thread:\n{frames}\nExtension modules: a, b"
-    assert last_words(text).split(" | ") == [
-        "first",
-        "Fatal Python error: Aborted",
-        *(f'File "x.py", line {n} in f' for n in range(4)),
-    ]
-    assert last_words("") == ""
-
-
-def test_why_a_replica_is_ended_is_its_last_word_whatever_serve_writes_after_it() -> None:
-    why = "Health check failed: the replica hangs"
-    later = [f"line {number}" for number in range(40)]
-    assert last_words("\n".join(["before", why, *later[:20], f"{why} still", *later[20:30]])) == f"{why} still"
-    assert last_words("\n".join([why, *later])).split(" | ") == later[-8:], "that was long ago"
